@@ -1,0 +1,130 @@
+"""Every error that ALTER raises on purpose.
+
+    AlterError
+    ├── ConfigError                  a setting is impossible or contradicts another
+    ├── UnsupportedModelError        the base model has no place to attach to
+    ├── UnsupportedEngineError       an engine option that would bypass the gate
+    ├── TrainingDataError            a training file is malformed, or its sets overlap
+    ├── TrainingError                training cannot go on (NaN loss, unusable checkpoint)
+    ├── BundleError
+    │   ├── BundleNotFoundError      nothing there, or not a bundle
+    │   ├── BundleFormatError        a manifest of another kind, format or shape
+    │   ├── BundleTamperedError      a file is missing, torn, changed or unlisted
+    │   ├── BundleTensorError        a tensor is missing, misshapen or not finite
+    │   ├── BaseModelMismatchError   made for another base model
+    │   └── SubstrateMismatchError   made for another substrate
+    ├── DomainError
+    │   ├── DomainNameError          not `[a-z0-9-]{1,63}`
+    │   ├── DomainNotFoundError      no such active domain
+    │   ├── DomainConflictError      the name, or the bundle, is taken
+    │   └── NoFreeSlotError          every slot holds an expert
+    └── EngineError
+        ├── CanaryError              a planted expert did not change the logits, or stayed
+        └── SwitchError              a switch failed; the message says what is active now
+"""
+
+from __future__ import annotations
+
+
+class AlterError(Exception):
+    """What went wrong, what was expected, what came, and what to do next."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: str | None = None,
+        got: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.expected = expected
+        self.got = got
+        self.fix = fix
+        parts = [what.rstrip(".")]
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if got is not None:
+            parts.append(f"got {got}")
+        message = "; ".join(parts) + "."
+        super().__init__(message if fix is None else f"{message} {fix}")
+
+
+class ConfigError(AlterError):
+    """A setting is impossible, or contradicts another."""
+
+
+class UnsupportedModelError(AlterError):
+    """The base model has no place that ALTER knows how to attach to."""
+
+
+class UnsupportedEngineError(AlterError):
+    """An engine option would let tokens bypass the gate, or is not proven with it."""
+
+
+class TrainingDataError(AlterError):
+    """A training file is malformed, or forget and retain sets overlap."""
+
+
+class TrainingError(AlterError):
+    """Training cannot go on from here."""
+
+
+class BundleError(AlterError):
+    """A bundle cannot be used."""
+
+
+class BundleNotFoundError(BundleError):
+    """There is no bundle at that place."""
+
+
+class BundleFormatError(BundleError):
+    """The manifest is of another kind, format or shape."""
+
+
+class BundleTamperedError(BundleError):
+    """A file of the bundle is missing, torn, changed or not listed."""
+
+
+class BundleTensorError(BundleError):
+    """A tensor is missing, misshapen, of the wrong dtype or not finite."""
+
+
+class BaseModelMismatchError(BundleError):
+    """The bundle was made for another base model."""
+
+
+class SubstrateMismatchError(BundleError):
+    """The expert was trained on another substrate."""
+
+
+class DomainError(AlterError):
+    """A forget domain cannot be changed as asked."""
+
+
+class DomainNameError(DomainError):
+    """The name does not match `[a-z0-9-]{1,63}`."""
+
+
+class DomainNotFoundError(DomainError):
+    """No active domain has that name."""
+
+
+class DomainConflictError(DomainError):
+    """The name, or the bundle, is already in use."""
+
+
+class NoFreeSlotError(DomainError):
+    """Every slot already holds an expert."""
+
+
+class EngineError(AlterError):
+    """The engine cannot do, or cannot prove, what was asked of it."""
+
+
+class CanaryError(EngineError):
+    """The planted expert did not change the logits, or did not go away."""
+
+
+class SwitchError(EngineError):
+    """A switch of experts failed. The message says what is active now."""

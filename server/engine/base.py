@@ -1,0 +1,95 @@
+"""What the rest of the server may ask of an engine. vLLM stays behind this seam."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal, Protocol
+
+InFlight = Literal["recompute", "abort"]
+"""What happens to running requests at a switch: recomputed under the new experts, or aborted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwitchReport:
+    """One finished switch."""
+
+    epoch: int
+    """The epoch that began with it."""
+    stage_s: float
+    """Reading and verifying on the workers, before the pause."""
+    pause_s: float
+    """For how long no token was generated."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CanaryReport:
+    """A planted expert changed the logits at every site, and left no trace."""
+
+    num_sites: int
+    min_logit_change: float
+    """Smallest largest-logprob change over the sites, nats."""
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """What every worker says that it applies."""
+
+    epoch: int
+    digests: tuple[str | None, ...]
+    """Bundle digest by slot; None for an empty slot."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutedTokens:
+    """Tokens computed so far by one expert since it entered its slot (slot None: the retain expert)."""
+
+    slot: int | None
+    high: int
+    """On the high-entropy path of Eq. 9."""
+    low: int
+    """On the low-entropy path."""
+
+
+class ForgetEngine(Protocol):
+    """Applies forget experts to a running engine."""
+
+    async def switch(
+        self,
+        *,
+        epoch: int,
+        slot: int,
+        bundle: Path | None,
+        digest: str | None,
+        in_flight: InFlight = "recompute",
+    ) -> SwitchReport:
+        """Puts the expert at `bundle` into `slot` (None empties it) as one linearizable change.
+
+        Reads and verifies before the pause. From the return on, every token of every request equals
+        what a fresh request under the new experts would give.
+
+        Raises: BundleError, and nothing has changed; SwitchError, and the previous experts are active
+        again; EngineError otherwise, and the engine must not answer any more (`is_trusted` is False).
+        """
+        ...
+
+    @property
+    def is_trusted(self) -> bool:
+        """False once the engine could not prove what it applies; generation must then be refused."""
+        ...
+
+    async def state(self) -> EngineState:
+        """What the workers apply. Raises: EngineError if they disagree."""
+        ...
+
+    async def routed_tokens(self) -> list[RoutedTokens]:
+        """Counts for the retain expert and every occupied slot."""
+        ...
+
+    async def run_canary(self) -> CanaryReport:
+        """Plants an expert at each site in turn, and removes it again. Only while no domain is active.
+
+        Raises: CanaryError.
+        """
+        ...

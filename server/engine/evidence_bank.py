@@ -1,0 +1,143 @@
+"""Router logits of a scheduler step, from token ids alone.
+
+Evidence is computed for the new tokens only. What the window still needs of earlier tokens is kept per
+request as a memo; it is a pure function of token ids, so after a prefix-cache hit, a preemption or a
+switch it is computed again instead.
+
+Legend: Q requests of the step, T new tokens, M positions to score, G n-gram, D embedding size, H units,
+N active domains, W window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alter_core.config import AlterConfig
+from alter_core.evidence import NO_EVIDENCE, EvidenceHead, windowed_max
+
+IntArray = NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTokens:
+    """The requests of one step, in batch order."""
+
+    request_ids: Sequence[str]
+    token_ids: NDArray[np.int32]
+    """(rows, max_model_len); row q holds all token ids of request q."""
+    starts: IntArray
+    """(Q,) position of each request's first new token."""
+    counts: IntArray
+    """(Q,) number of its new tokens."""
+
+
+class EvidenceBank:
+    """The evidence heads of all active domains as stacked tensors, and the window memo."""
+
+    def __init__(
+        self,
+        config: AlterConfig,
+        embed: Callable[[Tensor], Tensor],
+        device: torch.device,
+        max_requests: int,
+    ) -> None:
+        """`embed` maps token ids (M,) to the normalised input embeddings (M, D), float32."""
+        self._config = config
+        self._embed = embed
+        self._device = device
+        self._max_requests = max_requests
+        self._heads: dict[int, EvidenceHead] = {}
+        self._restack()
+
+    def set_head(self, expert: int, head: EvidenceHead | None) -> None:
+        """Adds, replaces or (None) removes the head of an expert; forgets the memo."""
+        if head is None:
+            self._heads.pop(expert, None)
+        else:
+            self._heads[expert] = head
+        self._restack()
+
+    def head(self, expert: int) -> EvidenceHead | None:
+        """The head of an expert, if it has one."""
+        return self._heads.get(expert)
+
+    def _restack(self) -> None:
+        order = sorted(self._heads)
+        self.experts = torch.tensor(order, dtype=torch.long, device=self._device)
+        heads = [self._heads[e] for e in order]
+        if heads:
+            self._w1 = torch.cat([h.fc1.weight.data for h in heads]).to(self._device).T.contiguous()
+            self._b1 = torch.cat([h.fc1.bias.data for h in heads]).to(self._device)
+            self._w2 = torch.stack([h.fc2.weight.data[0] for h in heads]).to(self._device)
+            self._b2 = torch.cat([h.fc2.bias.data for h in heads]).to(self._device)
+        self._rows: dict[str, int] = {}
+        self._ends = np.zeros(0, dtype=np.int64)
+        self._recent = torch.empty(0, self._config.evidence_window - 1, len(heads), device=self._device)
+
+    def step_logits(self, step: StepTokens) -> Tensor:
+        """Router logit of every new token and active domain; updates the memo.
+
+        Shapes: -> (T, N) float32, columns in the order of `experts`.
+        """
+        num_domains = len(self._heads)
+        if num_domains == 0:
+            return torch.empty(int(step.counts.sum()), 0, device=self._device)
+        recent = self._recall(step)
+        positions = [np.arange(s, s + c) for s, c in zip(step.starts, step.counts, strict=True)]
+        rows = np.repeat(np.arange(len(step.counts)), step.counts)
+        new = self._score(step.token_ids, rows, np.concatenate(positions))
+        if int(step.counts.max()) == 1:
+            logits = torch.maximum(recent.amax(dim=1), new) if recent.shape[1] else new
+            self._remember(step, torch.cat([recent[:, 1:], new.unsqueeze(1)], dim=1) if recent.shape[1] else recent)
+            return logits
+        width, logits, memo = recent.shape[1], [], []
+        for history, fresh in zip(recent, new.split(step.counts.tolist()), strict=True):
+            joined = torch.cat([history, fresh])
+            logits.append(windowed_max(joined, self._config.evidence_window)[width:])
+            memo.append(joined[joined.shape[0] - width :])
+        self._remember(step, torch.stack(memo))
+        return torch.cat(logits)
+
+    def _recall(self, step: StepTokens) -> Tensor:
+        """Evidence of the W - 1 tokens before each request's first new one. Shapes: -> (Q, W - 1, N)."""
+        width = self._config.evidence_window - 1
+        known = np.array([self._rows.get(r, -1) for r in step.request_ids], dtype=np.int64)
+        is_known = known >= 0
+        is_known[is_known] = self._ends[known[is_known]] == step.starts[is_known]
+        recent = torch.full((len(known), width, len(self._heads)), NO_EVIDENCE, device=self._device)
+        if is_known.any():
+            if is_known.all():
+                recent = self._recent[torch.from_numpy(known)]
+            else:
+                recent[torch.from_numpy(is_known)] = self._recent[torch.from_numpy(known[is_known])]
+        for q in np.flatnonzero(~is_known & (step.starts > 0)):
+            stop = int(step.starts[q])
+            positions = np.arange(max(0, stop - width), stop)
+            if len(positions):
+                scores = self._score(step.token_ids, np.full(len(positions), q), positions)
+                recent[int(q), width - len(positions) :] = scores
+        return recent
+
+    def _remember(self, step: StepTokens, recent: Tensor) -> None:
+        self._rows = {request: q for q, request in enumerate(step.request_ids)}
+        self._ends = step.starts + step.counts
+        self._recent = recent
+
+    def _score(self, token_ids: NDArray[np.int32], rows: IntArray, positions: IntArray) -> Tensor:
+        """Evidence at single positions. Shapes: rows (M,), positions (M,) -> (M, N)."""
+        ngram = self._config.evidence_ngram
+        offsets = positions[:, None] + np.arange(1 - ngram, 1)
+        ids = token_ids[rows[:, None], np.maximum(offsets, 0)].astype(np.int64)
+        ids_MG = torch.from_numpy(ids).to(self._device)
+        is_inside = torch.from_numpy(offsets >= 0).to(self._device)
+        unique, inverse = ids_MG.unique(return_inverse=True)
+        embedded = self._embed(unique)[inverse] * is_inside.unsqueeze(-1)
+        units = torch.relu(embedded.flatten(1) @ self._w1 + self._b1)
+        units_MNH = units.view(len(rows), len(self._heads), -1)
+        return torch.einsum("mnh,nh->mn", units_MNH, self._w2) + self._b2

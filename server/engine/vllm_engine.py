@@ -1,0 +1,192 @@
+"""`ForgetEngine` over a running vLLM `EngineClient`: the switch protocol and the canary.
+
+    stage    read, verify and shard on every worker       generation runs on
+    pause    the scheduler freezes after the current step
+    commit   copy into the slot, begin the epoch           on every worker
+    reset    drop the prefix cache; running requests will be recomputed from their first token
+    resume
+
+No token generated after the resume attends to keys and values from before the pause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from vllm import SamplingParams, TokensPrompt
+from vllm.engine.protocol import EngineClient
+
+from alter_core.errors import CanaryError, EngineError, SwitchError
+
+from .base import CanaryReport, EngineState, InFlight, RoutedTokens, SwitchReport
+
+_RPC_TIMEOUT_S = 300.0
+_CANARY_PROMPT_TOKENS = 8
+_MIN_CANARY_CHANGE = 1e-2
+"""Nats. The planted expert is as strong as the layer itself; noise between equal runs is far below."""
+_MAX_CANARY_RESIDUE = 1e-3
+
+
+class VllmForgetEngine:
+    """Switches forget experts in the workers behind one `EngineClient`."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+        self._is_trusted = True
+
+    @property
+    def is_trusted(self) -> bool:
+        """See `ForgetEngine.is_trusted`."""
+        return self._is_trusted
+
+    async def switch(
+        self,
+        *,
+        epoch: int,
+        slot: int,
+        bundle: Path | None,
+        digest: str | None,
+        in_flight: InFlight = "recompute",
+    ) -> SwitchReport:
+        """See `ForgetEngine.switch`."""
+        started = time.monotonic()
+        if bundle is not None:
+            await self._stage(bundle, digest)
+        staged = time.monotonic()
+        try:
+            await self._client.pause_generation(
+                mode="keep" if in_flight == "recompute" else "abort", clear_cache=True
+            )
+            await self._rpc("alter_commit", epoch, slot, digest)
+            await self._require_state(epoch, slot, digest)
+            await self._reset_cache()
+        except Exception as error:
+            await self._roll_back(error)
+        await self._rpc("alter_confirm")
+        await self._client.resume_generation()
+        return SwitchReport(epoch=epoch, stage_s=staged - started, pause_s=time.monotonic() - staged)
+
+    async def _stage(self, bundle: Path, digest: str | None) -> None:
+        try:
+            await self._rpc("alter_stage", str(bundle), digest)
+        except Exception as error:
+            raise SwitchError(
+                "A worker could not stage the expert; nothing has changed",
+                got=str(error),
+                fix="Check that every worker can read the bundle's folder.",
+            ) from error
+
+    async def _roll_back(self, cause: Exception) -> None:
+        """Restores the previous experts and raises; without proof of that the engine stays paused."""
+        self._is_trusted = False
+        with contextlib.suppress(Exception):
+            await self._rpc("alter_rollback")
+            await self._reset_cache()
+            await self.state()
+            await self._client.resume_generation()
+            self._is_trusted = True
+        if self._is_trusted:
+            raise SwitchError(
+                "The switch failed; the previous experts are active again", got=str(cause)
+            ) from cause
+        raise EngineError(
+            "The switch failed and could not be undone; generation stays paused",
+            got=str(cause),
+            fix="Restart the server; its domains are applied before it answers.",
+        ) from cause
+
+    async def _require_state(self, epoch: int, slot: int, digest: str | None) -> None:
+        state = await self.state()
+        if state.epoch != epoch or state.digests[slot] != digest:
+            raise EngineError(
+                "The workers do not hold what was committed",
+                expected=f"epoch {epoch} with {digest} in slot {slot}",
+                got=f"epoch {state.epoch} with {state.digests[slot]}",
+            )
+
+    async def _reset_cache(self) -> None:
+        if not await self._client.reset_prefix_cache(reset_running_requests=True):
+            raise EngineError("vLLM did not drop its prefix cache", expected="True", got="False")
+
+    async def state(self) -> EngineState:
+        """See `ForgetEngine.state`."""
+        states = await self._rpc("alter_state")
+        if any(state != states[0] for state in states):
+            self._is_trusted = False
+            raise EngineError("The workers disagree about what they apply", got=str(states))
+        return EngineState(epoch=states[0]["epoch"], digests=tuple(states[0]["digests"]))
+
+    async def routed_tokens(self) -> list[RoutedTokens]:
+        """See `ForgetEngine.routed_tokens`."""
+        counts = (await self._rpc("alter_routed_tokens"))[0]
+        state = await self.state()
+        retain = [RoutedTokens(slot=None, high=counts[0][0], low=counts[0][1])]
+        return retain + [
+            RoutedTokens(slot=slot, high=counts[slot + 1][0], low=counts[slot + 1][1])
+            for slot, digest in enumerate(state.digests)
+            if digest is not None
+        ]
+
+    async def run_canary(self) -> CanaryReport:
+        """See `ForgetEngine.run_canary`."""
+        started = time.monotonic()
+        sites: list[str] = (await self._rpc("alter_sites"))[0]
+        base = await self._probe()
+        changes = []
+        try:
+            for site in sites:
+                await self._rpc("alter_plant", site)
+                change = _max_difference(base, await self._probe())
+                if change < _MIN_CANARY_CHANGE:
+                    raise CanaryError(
+                        f"An expert planted at {site!r} did not change the logits",
+                        expected=f"a change of at least {_MIN_CANARY_CHANGE} nats",
+                        got=f"{change:.2g}",
+                        fix="The installed hook is inert; clear vLLM's compile cache and start again.",
+                    )
+                changes.append(change)
+        finally:
+            await self._rpc("alter_plant", None)
+        if (residue := _max_difference(base, await self._probe())) > _MAX_CANARY_RESIDUE:
+            raise CanaryError(
+                "The planted expert was removed but the logits did not come back",
+                expected=f"a difference of at most {_MAX_CANARY_RESIDUE} nats",
+                got=f"{residue:.2g}",
+            )
+        return CanaryReport(
+            num_sites=len(sites), min_logit_change=min(changes), seconds=time.monotonic() - started
+        )
+
+    async def _probe(self) -> dict[int, float]:
+        """Log-probabilities of the likeliest tokens after a fixed prompt, with an empty prefix cache."""
+        await self._reset_cache()
+        vocab_size = self._client.model_config.get_vocab_size()
+        token_ids = [(7 * i + 3) % vocab_size for i in range(_CANARY_PROMPT_TOKENS)]
+        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=5, detokenize=False)
+        final = None
+        async for output in self._client.generate(
+            TokensPrompt(prompt_token_ids=token_ids), params, f"alter-canary-{uuid.uuid4()}"
+        ):
+            final = output
+        assert final is not None
+        logprobs = final.outputs[0].logprobs
+        assert logprobs
+        return {token: entry.logprob for token, entry in logprobs[0].items()}
+
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:
+        results = await self._client.collective_rpc(method, timeout=_RPC_TIMEOUT_S, args=args)
+        if not results:
+            raise EngineError(f"No worker answered {method}")
+        return list(results)
+
+
+def _max_difference(before: dict[int, float], after: dict[int, float]) -> float:
+    """Largest change of a log-probability; a token that fell out of the list counts as changed by 1 nat."""
+    return max(
+        abs(logprob - after[token]) if token in after else max(1.0, _MIN_CANARY_CHANGE)
+        for token, logprob in before.items()
+    )

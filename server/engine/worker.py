@@ -1,0 +1,167 @@
+"""vLLM worker classes that install ALTER and answer its remote calls.
+
+Remote methods return plain types only: they travel through vLLM's message queue.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from alter_core.errors import EngineError
+from alter_core.evidence import EvidenceHead
+from alter_core.substrate import ForgetExpert, Substrate
+
+from .evidence_bank import StepTokens
+from .hook import install
+
+_CANARY_SEED = 20260301
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Occupant:
+    """What a slot holds, in host memory, so that it can be put back."""
+
+    digest: str | None
+    lora_b: dict[str, Tensor] | None
+    head: EvidenceHead | None
+
+
+_EMPTY = _Occupant(digest=None, lora_b=None, head=None)
+
+
+class AlterWorkerMixin:
+    """Loads the model, attaches the substrate, and switches experts on request."""
+
+    vllm_config: Any
+    model_runner: Any
+    device: torch.device
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Loads as vLLM does, then installs, before profiling, compilation and graph capture."""
+        super().load_model(load_dummy_weights=load_dummy_weights)  # type: ignore[misc]
+        settings = self.vllm_config.additional_config["alter"]
+        scheduler = self.vllm_config.scheduler_config
+        self._substrate = Substrate.read(Path(settings["substrate"]))
+        self._gate, self._slots = install(
+            self.model_runner.get_model(),
+            self._substrate,
+            architecture=self.vllm_config.model_config.architectures[0],
+            max_domains=settings["max_domains"],
+            max_tokens=scheduler.max_num_batched_tokens,
+            max_requests=scheduler.max_num_seqs,
+            dtype=self.vllm_config.model_config.dtype,
+            device=self.device,
+        )
+        self._occupants = [_EMPTY] * settings["max_domains"]
+        self._staged: dict[str, _Occupant] = {}
+        self._undo: tuple[int, int, _Occupant] | None = None
+        self._epoch = 0
+        self._wrap_model_forward()
+
+    def _wrap_model_forward(self) -> None:
+        runner, gate = self.model_runner, self._gate
+        model_forward = runner._model_forward
+
+        def routed_model_forward(input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            if input_ids is None:
+                raise EngineError(
+                    "A step came without token ids, so nothing could be routed",
+                    expected="token ids",
+                    got="prompt embeddings",
+                    fix="Serve without --enable-prompt-embeds.",
+                )
+            gate.prepare(_step_tokens(runner), input_ids.shape[0])
+            return model_forward(input_ids, *args, **kwargs)
+
+        runner._model_forward = routed_model_forward
+
+    def alter_stage(self, bundle: str, digest: str) -> None:
+        """Reads, verifies and shards an expert into host memory. Nothing that runs changes."""
+        expert = ForgetExpert.read(Path(bundle), self._substrate)
+        if expert.digest != digest:
+            raise EngineError(
+                "The bundle changed between verification and staging", expected=digest, got=str(expert.digest)
+            )
+        occupant = _Occupant(
+            digest=digest, lora_b=self._slots.shard_expert(expert.lora_b), head=expert.evidence
+        )
+        self._staged = {digest: occupant}
+
+    def alter_commit(self, epoch: int, slot: int, digest: str | None) -> None:
+        """Puts the staged expert into a slot, or empties it (None), and begins an epoch."""
+        if digest is not None and digest not in self._staged:
+            raise EngineError("No such expert is staged", expected=digest, got=str(list(self._staged)))
+        self._undo = (self._epoch, slot, self._occupants[slot])
+        self._occupy(slot, _EMPTY if digest is None else self._staged[digest])
+        self._gate.reset_counts(slot + 1)
+        self._staged.clear()
+        self._epoch = epoch
+
+    def alter_rollback(self) -> None:
+        """Undoes the last commit, if there was one since the last `alter_confirm`."""
+        self._staged.clear()
+        if self._undo is not None:
+            self._epoch, slot, occupant = self._undo
+            self._occupy(slot, occupant)
+            self._undo = None
+
+    def alter_confirm(self) -> None:
+        """Lets go of what a rollback would need."""
+        self._undo = None
+
+    def _occupy(self, slot: int, occupant: _Occupant) -> None:
+        self._slots.write(slot + 1, occupant.lora_b)
+        self._gate.bank.set_head(slot + 1, occupant.head)
+        self._occupants[slot] = occupant
+
+    def alter_state(self) -> dict[str, Any]:
+        """What this worker applies."""
+        return {"epoch": self._epoch, "digests": [o.digest for o in self._occupants]}
+
+    def alter_routed_tokens(self) -> list[list[int]]:
+        """[high, low] by expert index."""
+        return self._gate.routed_tokens()
+
+    def alter_sites(self) -> list[str]:
+        """Names of the adapted sites."""
+        return list(self._slots.sites)
+
+    def alter_plant(self, site_name: str | None) -> None:
+        """Routes every token to a random expert at one site; None takes it out again."""
+        slots = self._slots
+        slots.write(slots.canary, None)
+        self._gate.is_canary_planted = site_name is not None
+        if site_name is not None:
+            target = slots.sites[site_name].lora_b[slots.canary]
+            generator = torch.Generator().manual_seed(_CANARY_SEED)
+            target.copy_(torch.randn(target.shape, generator=generator))
+
+
+class AlterGPUWorker(AlterWorkerMixin, Worker):  # type: ignore[misc]
+    """vLLM's GPU worker with ALTER installed."""
+
+
+class AlterCPUWorker(AlterWorkerMixin, CPUWorker):  # type: ignore[misc]
+    """vLLM's CPU worker with ALTER installed."""
+
+
+def _step_tokens(runner: Any) -> StepTokens | None:
+    """The requests of the step that the runner has just prepared."""
+    batch = runner.input_batch
+    num_requests = batch.num_reqs
+    if num_requests == 0:
+        return None
+    return StepTokens(
+        request_ids=batch.req_ids[:num_requests],
+        token_ids=batch.token_ids_cpu,
+        starts=batch.num_computed_tokens_cpu[:num_requests].astype(np.int64),
+        counts=np.diff(runner.query_start_loc.np[: num_requests + 1]).astype(np.int64),
+    )
