@@ -111,7 +111,8 @@ class AttachedModel:
     def _register(self) -> Iterator[Any]:
         config = self.substrate.config
         layers = decoder_layers(self.model)
-        yield self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+        # The decoder, not the head around it: a caller may run it alone, and masks come to it by name.
+        yield self.model.base_model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         yield layers[config.tap_layer].register_forward_pre_hook(self._before_tap, with_kwargs=True)
         for layer, kind, linears in iter_sites(self.model, config):
             site, start = f"layers.{layer}.{kind}", 0
@@ -124,6 +125,8 @@ class AttachedModel:
         self._shrunk.clear()
         self.routing = None
         if not self.is_enabled:
+            # A cache filled meanwhile holds other tokens than the history does.
+            self._history = self._history[:0]
             return
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if input_ids is None:
@@ -146,6 +149,12 @@ class AttachedModel:
     def _with_history(self, input_ids: Tensor, mask: Tensor | None, num_past: int) -> tuple[Tensor, Tensor]:
         new_mask = torch.ones_like(input_ids, dtype=torch.bool)
         if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                raise ConfigError(
+                    "The attention mask does not tell padding from text",
+                    expected="shape (batch, tokens)",
+                    got=str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__,
+                )
             new_mask = mask[:, -input_ids.shape[1] :].bool()
         if num_past == 0:
             self._history, self._history_mask = input_ids, new_mask

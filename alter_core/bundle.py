@@ -21,15 +21,21 @@ import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from .config import AlterConfig
-from .errors import BundleFormatError, BundleNotFoundError, BundleTamperedError, BundleTensorError
+from .errors import (
+    BundleFormatError,
+    BundleNotFoundError,
+    BundleTamperedError,
+    BundleTensorError,
+    ConfigError,
+)
 from .fingerprint import BaseModelInfo
 
 FORMAT_VERSION = 1
@@ -38,6 +44,7 @@ WEIGHTS = "weights.safetensors"
 EVALUATION = "evaluation.json"
 SIGNATURE = "model.sig"
 MAX_MANIFEST_BYTES = 16 * 2**20
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DOMAIN_NAME_PATTERN = r"^[a-z0-9-]{1,63}$"
 
 
@@ -46,7 +53,7 @@ class _Frozen(BaseModel):
 
 
 class TensorInfo(_Frozen):
-    """Shape and dtype (safetensors name, e.g. `BF16`) of one tensor."""
+    """Shape and dtype (torch's name, e.g. `bfloat16`) of one tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -62,7 +69,7 @@ class SiteInfo(_Frozen):
 class DataDigest(_Frozen):
     """A training set by digest and size. Never its text."""
 
-    sha256: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     num_rows: int
 
 
@@ -92,6 +99,12 @@ class Manifest(_Frozen):
     """SHA-256 of every other file of the bundle, but for the signature."""
     training: Provenance
     created_at: datetime
+
+    @model_validator(mode="after")
+    def _check_substrate_digest(self) -> Self:
+        if (self.kind == "forget-expert") != (self.substrate_digest is not None):
+            raise ValueError("substrate_digest is for a forget-expert, which needs that of a written substrate")
+        return self
 
     def canonical_json(self) -> bytes:
         """The bytes whose SHA-256 is the bundle's digest; also what `manifest.json` holds."""
@@ -178,13 +191,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleFormatError(
             "The manifest is too large", expected=f"at most {MAX_MANIFEST_BYTES} bytes", got=f"{size} bytes"
         )
-    try:
-        raw = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BundleFormatError(
-            f"{path} is not JSON", expected="bundle format 1", got="undecodable text", fix=_COPY_AGAIN
-        ) from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
+    raw = _parse_object(path, path.read_bytes())
+    version = raw.get("format_version")
     if version != FORMAT_VERSION:
         raise BundleFormatError(
             f"{path} has another format", expected=f"format_version {FORMAT_VERSION}", got=repr(version)
@@ -195,6 +203,10 @@ def read_manifest(folder: Path) -> Manifest:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
         raise BundleFormatError(
             f"{path} is not a valid manifest", expected="bundle format 1", got=problems, fix=_COPY_AGAIN
+        ) from error
+    except ConfigError as error:
+        raise BundleFormatError(
+            f"{path} holds an impossible configuration", expected="bundle format 1", got=str(error)
         ) from error
 
 
@@ -211,14 +223,32 @@ def read_bundle(folder: Path, kind: Literal["substrate", "forget-expert"]) -> Bu
         raise BundleTamperedError(f"{folder} lists no {WEIGHTS}", expected=WEIGHTS, got="none", fix=_COPY_AGAIN)
     try:
         tensors = safetensors.torch.load(contents[WEIGHTS])
-    except safetensors.SafetensorError as error:
-        raise BundleTensorError(f"{WEIGHTS} is not a safetensors file", got=str(error)) from error
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
+        raise BundleTensorError(
+            f"{folder / WEIGHTS} cannot be read", expected="a safetensors file", got=repr(error)
+        ) from error
     _check_tensors(manifest, tensors)
-    evaluation = json.loads(contents[EVALUATION]) if EVALUATION in contents else None
+    evaluation = None
+    if EVALUATION in contents:
+        evaluation = _parse_object(folder / EVALUATION, contents[EVALUATION])
     return Bundle(manifest=manifest, tensors=tensors, evaluation=evaluation)
 
 
 _COPY_AGAIN = "Copy the bundle again from where it was made."
+
+
+def _parse_object(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BundleFormatError(
+            f"{path} is not JSON", expected="bundle format 1", got="undecodable text", fix=_COPY_AGAIN
+        ) from error
+    if not isinstance(parsed, dict):
+        raise BundleFormatError(
+            f"{path} is not a JSON object", expected="bundle format 1", got=type(parsed).__name__
+        )
+    return parsed
 
 
 def _write_durably(path: Path, data: bytes) -> None:
@@ -271,6 +301,12 @@ def _check_tensors(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
             got=str(actual.get(first, "no such tensor")),
         )
     for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise BundleTensorError(
+                f"tensor {name!r} has an unsupported dtype",
+                expected=" or ".join(str(dtype) for dtype in DTYPES),
+                got=str(tensor.dtype),
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise BundleTensorError(
                 f"tensor {name!r} holds NaN or infinite values",

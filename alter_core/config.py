@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Literal, get_args, get_type_hints
 
 from .entropy import max_tsallis_entropy
 from .errors import ConfigError
@@ -62,8 +63,13 @@ class AlterConfig:
             "evidence_ngram",
             "evidence_units",
         ):
-            if not getattr(self, field) > 0:
+            if not 0 < getattr(self, field) < math.inf:
                 raise ConfigError(f"{field} is out of range", expected="> 0", got=f"{getattr(self, field)}")
+        for field in ("retain_expert", "entropy_source", "router"):
+            if getattr(self, field) not in (choices := get_args(get_type_hints(type(self))[field])):
+                raise ConfigError(
+                    f"{field} is unknown", expected=" or ".join(choices), got=str(getattr(self, field))
+                )
         if self.tap_layer < 0:
             raise ConfigError("tap_layer is out of range", expected=">= 0", got=str(self.tap_layer))
         unknown = [m for m in self.target_modules if m not in SITE_KINDS]
@@ -73,6 +79,18 @@ class AlterConfig:
                 expected=f"one or more of {', '.join(SITE_KINDS)}",
                 got=", ".join(unknown) or "an empty list",
                 fix="Name the inputs to adapt, e.g. --target-modules qkv,o.",
+            )
+        if len(set(self.target_modules)) < len(self.target_modules):
+            raise ConfigError(
+                "target_modules names an input twice",
+                expected=f"each of {', '.join(SITE_KINDS)} at most once",
+                got=", ".join(self.target_modules),
+            )
+        if not math.isfinite(self.entropy_threshold):
+            raise ConfigError(
+                "entropy_threshold is out of range",
+                expected="a finite number",
+                got=str(self.entropy_threshold),
             )
         if self.entropy_threshold >= (bound := max_tsallis_entropy(self.tsallis_q)):
             raise ConfigError(

@@ -5,11 +5,10 @@ Legend: B batch, T tokens, D hidden, V vocabulary, H estimator units.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
-
-_SHANNON_WIDTH = 1e-4
-"""Closer to q = 1 than this, S_q is replaced by its limit: the power sum would cancel."""
 
 
 def shannon_entropy(logits: Tensor) -> Tensor:
@@ -17,38 +16,38 @@ def shannon_entropy(logits: Tensor) -> Tensor:
 
     Shapes: logits (..., V) -> (...). float32 inside and out.
     """
-    log_p = torch.log_softmax(logits.float(), dim=-1)
+    log_p = _log_probabilities(logits)
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
 def tsallis_entropy(logits: Tensor, q: float) -> Tensor:
     """Tsallis entropy, Eq. 5: S_q = (1 - sum_i p_i^q) / (q - 1), q > 0.
 
-    The limit q -> 1 is Shannon entropy. Written as sum_i p_i (1 - p_i^(q-1)) / (q - 1) with `expm1`,
-    so that it stays exact in float32 next to q = 1.
+    The limit q -> 1 is Shannon entropy. Written as sum_i p_i^m (1 - p_i^d) / d with m = min(q, 1),
+    d = |q - 1| and `expm1`, so that it stays exact in float32 next to q = 1.
 
     Shapes: logits (..., V) -> (...). float32 inside and out.
     Raises: ValueError if q <= 0.
     """
     if q <= 0:
         raise ValueError(f"tsallis_q must be > 0, got {q}")
-    if abs(q - 1) < _SHANNON_WIDTH:
+    if q == 1:
         return shannon_entropy(logits)
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    # -inf * 0 is nan: an impossible token adds nothing for every q > 0.
-    log_p = log_p.clamp_min(torch.finfo(torch.float32).min)
-    if q > 1:
-        return -(log_p.exp() * torch.expm1((q - 1) * log_p)).sum(dim=-1) / (q - 1)
-    return ((q * log_p).exp() - log_p.exp()).sum(dim=-1) / (1 - q)
+    log_p, distance = _log_probabilities(logits), abs(q - 1)
+    terms = (min(q, 1.0) * log_p).exp() * torch.expm1(distance * log_p)
+    return -terms.sum(dim=-1) / distance
 
 
 def max_tsallis_entropy(q: float, vocab_size: float = float("inf")) -> float:
     """Upper bound of S_q over `vocab_size` outcomes, reached by the uniform distribution."""
-    if abs(q - 1) < _SHANNON_WIDTH:
-        return float(torch.tensor(vocab_size).log())
-    if vocab_size == float("inf"):
-        return 1 / (q - 1) if q > 1 else float("inf")
-    return float((1 - vocab_size ** (1 - q)) / (q - 1))
+    if q == 1:
+        return math.log(vocab_size)
+    return -math.expm1((1 - q) * math.log(vocab_size)) / (q - 1)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """Finite, since -inf * 0 is nan: an impossible token adds nothing to any entropy."""
+    return torch.log_softmax(logits.float(), dim=-1).clamp_min(torch.finfo(torch.float32).min)
 
 
 class EntropyEstimator(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .errors import UnsupportedModelError
 from .sites import check_architecture
@@ -41,6 +41,13 @@ class BaseModelInfo(BaseModel):
         config = _read_config(folder)
         architecture = (config.get("architectures") or ["(none)"])[0]
         check_architecture(architecture)
+        sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
+        if missing := [key for key in sizes if key not in config]:
+            raise UnsupportedModelError(
+                f"{folder / 'config.json'} does not tell the model's size",
+                expected=", ".join(sizes),
+                got=f"none of {', '.join(missing)}",
+            )
         return cls(
             name=folder.name,
             architecture=architecture,
@@ -55,6 +62,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(
             "The base model cannot be read",
@@ -62,7 +71,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             got=type(error).__name__,
             fix="Give a local folder; download a hub model first.",
         ) from error
-    assert isinstance(config, dict)
     return config
 
 
@@ -79,12 +87,24 @@ def _fingerprint(folder: Path, config: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode())
     tensors: dict[str, bytes] = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                tensors[name] = _sample(handle.get_slice(name))
+        tensors |= _samples(file)
     for name in sorted(tensors):
         digest.update(name.encode() + b"\0" + tensors[name])
     return digest.hexdigest()
+
+
+def _samples(file: Path) -> dict[str, bytes]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            names = handle.keys()
+            return {name: _sample(handle.get_slice(name)) for name in names}
+    except SafetensorError as error:
+        raise UnsupportedModelError(
+            f"{file} is not a readable safetensors file",
+            expected="safetensors weights",
+            got=str(error),
+            fix="Copy or download the base model again.",
+        ) from error
 
 
 def _sample(tensor_slice: Any) -> bytes:

@@ -5,6 +5,8 @@ Legend: T tokens, D hidden, E experts (0 retain, 1..S slots, S + 1 canary).
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,15 @@ from .evidence_bank import EvidenceBank, StepTokens
 
 _CANARY_LOGIT = 1e3
 """Beats every evidence head, so that a planted canary takes every token."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouteRecord:
+    """How one step was routed. Shapes: `weights` (T, E), `entropy` (T,); tokens in batch order."""
+
+    step: StepTokens
+    weights: Tensor
+    entropy: Tensor
+
 
 PlanEntry = tuple[int, Tensor | None, Tensor]
 """(expert, its tokens or None for all of them, their scaled weights as a column)."""
@@ -33,6 +44,9 @@ class Gate:
         self.num_experts = num_experts
         self.is_canary_planted = False
         self.plan: list[PlanEntry] = []
+        self.records: list[RouteRecord] | None = None
+        """Set to a list to record every step. Eager and CPU only: a replayed CUDA graph records nothing."""
+        self._step: StepTokens | None = None
         self._estimator = substrate.estimator.to(device)
         self._has_retain_expert = bool(substrate.retain_lora_b)
         self._logits = torch.full((max_tokens, num_experts - 1), NO_EVIDENCE, device=device)
@@ -43,6 +57,7 @@ class Gate:
         """Fills the router logits of the coming forward pass. None: a step without requests."""
         self._logits[:num_padded].fill_(NO_EVIDENCE)
         self._is_token[:num_padded].fill_(False)
+        self._step = step
         if step is None:
             return
         num_tokens = int(step.counts.sum())
@@ -58,7 +73,8 @@ class Gate:
         Shapes: (T, D) -> (T, E) float32.
         """
         num_tokens = hidden_states.shape[0]
-        is_high = self._estimator(hidden_states) > self.config.entropy_threshold
+        entropy = self._estimator(hidden_states)
+        is_high = entropy > self.config.entropy_threshold
         weights = expert_weights(self._logits[:num_tokens], is_high, self.config)
         is_token = self._is_token[:num_tokens, None]
         is_routed = (weights > 0) & is_token
@@ -69,6 +85,8 @@ class Gate:
         if not self._has_retain_expert:
             weights[:, 0] = 0
         weights = weights * is_token
+        if self.records is not None and self._step is not None:
+            self.records.append(RouteRecord(step=self._step, weights=weights, entropy=entropy))
         if hidden_states.device.type == "cpu":
             self.plan = self._group(weights)
         return weights

@@ -6,6 +6,7 @@ Remote methods return plain types only: they travel through vLLM's message queue
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from alter_core.evidence import EvidenceHead
 from alter_core.substrate import ForgetExpert, Substrate
 
 from .evidence_bank import StepTokens
+from .gate import RouteRecord
 from .hook import install
 
 _CANARY_SEED = 20260301
@@ -130,6 +132,15 @@ class AlterWorkerMixin:
         """[high, low] by expert index."""
         return self._gate.routed_tokens()
 
+    def alter_record_routes(self, is_on: bool) -> list[list[Any]]:
+        """Starts recording, or stops it and returns [request id, position, expert, weight, entropy] per token.
+
+        `expert` is the index with the largest weight, -1 where no expert applies (base weights).
+        """
+        records = self._gate.records or []
+        self._gate.records = [] if is_on else None
+        return [row for record in records for row in _record_rows(record)]
+
     def alter_sites(self) -> list[str]:
         """Names of the adapted sites."""
         return list(self._slots.sites)
@@ -151,6 +162,20 @@ class AlterGPUWorker(AlterWorkerMixin, Worker):  # type: ignore[misc]
 
 class AlterCPUWorker(AlterWorkerMixin, CPUWorker):  # type: ignore[misc]
     """vLLM's CPU worker with ALTER installed."""
+
+
+def _record_rows(record: RouteRecord) -> Iterator[list[Any]]:
+    step = record.step
+    tokens = [
+        (request, position)
+        for request, start, count in zip(step.request_ids, step.starts, step.counts, strict=True)
+        for position in range(start, start + count)
+    ]
+    best = record.weights[: len(tokens)].max(dim=1)
+    for (request, position), weight, expert, entropy in zip(
+        tokens, best.values.tolist(), best.indices.tolist(), record.entropy.tolist(), strict=False
+    ):
+        yield [request, int(position), expert if weight > 0 else -1, weight, entropy]
 
 
 def _step_tokens(runner: Any) -> StepTokens | None:

@@ -1,0 +1,34 @@
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench constraints clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Install everything into .venv (GPU or CPU, found by itself)
+	@ALTER_VENV="$(abspath $(VENV))" scripts/setup.sh
+
+demo: setup ## Train a small model, forget two domains, serve it, show the difference
+	$(BIN)/alter demo
+
+test: setup ## Run the test suite (pass options by PYTEST_ARGS=...)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: setup ## Check format, lint, types and import rules
+	@scripts/check.sh $(BIN)
+
+format: setup ## Rewrite the sources in the house format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+bench: setup ## Measure serving cost
+	$(BIN)/python -m benchmarks.serving
+
+constraints: setup ## Record the installed versions as the proven ones
+	scripts/constraints.sh $(BIN)
+
+clean: ## Remove caches and build output (keeps .venv)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,11 @@
+"""The inference server: vLLM's own application, plus forget domains that come and go while it runs.
+
+domains     what is active, and the one place that changes it
+api         HTTP of the admin side, and the epoch on everything else
+metrics     Prometheus collectors
+settings    configuration of `alter serve`
+plugin      how all of it enters vLLM's server
+launch      starting vLLM's server around it
+client, cli the admin side from outside
+engine      vLLM internals, behind the `ForgetEngine` protocol
+"""

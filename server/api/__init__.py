@@ -1,0 +1,13 @@
+"""HTTP: the admin side under `/admin`, and the epoch on everything that generates.
+
+runtime      what a request finds at its application: the service, once there is one
+app          puts all of it on vLLM's application
+routes       /admin
+models       its bodies
+problems     its errors, RFC 9457
+auth         its bearer token
+conditions   ETag, If-Match, If-None-Match
+idempotency  Idempotency-Key
+middleware   x-alter-epoch, and the refusal to generate without trust
+sse          where a comment may stand in an event stream
+"""

@@ -1,0 +1,65 @@
+"""Puts the admin side and the epoch on vLLM's application."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.routing import Mount
+
+from .auth import BearerAuth
+from .idempotency import IdempotencyStore
+from .middleware import EpochMiddleware
+from .problems import add_problem_handlers
+from .routes import router
+from .runtime import AlterRuntime
+
+ADMIN = "/admin"
+
+
+def attach(app: FastAPI) -> AlterRuntime:
+    """Adds everything to `app` and returns what its requests look at, `app.state.alter`.
+
+    The admin side is an application of its own: vLLM's exception handlers, set after ours and for
+    the OpenAI shape, do not reach into it.
+    """
+    runtime = AlterRuntime()
+    app.state.alter = runtime
+    admin = admin_app(runtime)
+    app.router.routes.append(
+        Mount(ADMIN, app=admin, middleware=[Middleware(BearerAuth, runtime=runtime)])
+    )
+    app.add_middleware(EpochMiddleware, runtime=runtime)
+    _join_openapi(app, admin)
+    return runtime
+
+
+def admin_app(runtime: AlterRuntime) -> FastAPI:
+    """The application under `/admin`, without its authentication."""
+    admin = FastAPI(
+        title="ALTER admin", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    admin.state.alter = runtime
+    admin.state.idempotency = IdempotencyStore()
+    admin.include_router(router)
+    add_problem_handlers(admin)
+    return admin
+
+
+def _join_openapi(app: FastAPI, admin: FastAPI) -> None:
+    """Lets `/openapi.json` of `app` describe the admin side too."""
+    describe: Callable[[], dict[str, Any]] = app.openapi
+
+    def joined() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema, ours = describe(), admin.openapi()
+            schema["paths"] |= {ADMIN + path: item for path, item in ours["paths"].items()}
+            components = schema.setdefault("components", {})
+            for kind, entries in ours["components"].items():
+                components[kind] = entries | components.get(kind, {})
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = joined  # type: ignore[method-assign]

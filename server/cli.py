@@ -1,0 +1,218 @@
+"""`alter serve` and `alter domains`. Results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from alter_core.errors import AlterError, ConfigError, UnsupportedEngineError
+from server.api.models import Activated, ForgetDomain
+from server.client import DEFAULT_URL, AdminClient
+from server.engine.base import InFlight
+from server.settings import (
+    DEFAULT_MAX_DOMAINS,
+    ServeSettings,
+    read_environment,
+    resolve_admin_token,
+)
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+SERVE_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Context settings that `serve_command` needs: what it does not know goes to vLLM."""
+
+domains_app = typer.Typer(
+    no_args_is_help=True, help="List, activate and revoke forget domains of a running server."
+)
+
+Url = Annotated[str, typer.Option("--url", envvar="ALTER_URL", help="Where the server listens.")]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        help="File with the admin token. Default: ALTER_ADMIN_TOKEN or ALTER_ADMIN_TOKEN_FILE.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
+Name = Annotated[str, typer.Argument(help="Name of the forget domain.")]
+
+
+def serve_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the base model.")],
+    substrate: Annotated[
+        Path | None,
+        typer.Option("--alter-substrate", help="Substrate folder. Environment: ALTER_SUBSTRATE."),
+    ] = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--alter-domain",
+            metavar="NAME=DIR",
+            help="A domain to forget from the start; may be repeated. Environment: ALTER_DOMAINS.",
+        ),
+    ] = None,
+    max_domains: Annotated[
+        int | None,
+        typer.Option(
+            "--alter-max-domains",
+            help=f"Slots for experts (default {DEFAULT_MAX_DOMAINS}). Environment: ALTER_MAX_DOMAINS.",
+        ),
+    ] = None,
+    admin_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--alter-admin-token-file",
+            help="File with the token of /admin, which is closed without one. Environment: "
+            "ALTER_ADMIN_TOKEN, ALTER_ADMIN_TOKEN_FILE.",
+        ),
+    ] = None,
+) -> None:
+    """Serve MODEL with forget domains; every flag of `vllm serve` may follow."""
+    with _reported():
+        settings = ServeSettings.build(
+            substrate=substrate,
+            domains=domain or (),
+            max_domains=max_domains,
+            admin_token_file=admin_token_file,
+        )
+        from server.launch import serve
+
+        serve(model, settings, context.args)
+
+
+@domains_app.command("list")
+def list_command(
+    url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: AsJson = False
+) -> None:
+    """List what is active."""
+    with _client(url, token_file) as client:
+        answer = client.list_domains()
+    if as_json:
+        _print_json(answer)
+        return
+    table = Table(title=f"epoch {answer.epoch}, {len(answer.domains)} active")
+    for heading in ("name", "slot", "epoch", "since", "digest"):
+        table.add_column(heading, overflow="fold")
+    for domain in answer.domains:
+        since = domain.since.isoformat(timespec="seconds")
+        table.add_row(domain.name, str(domain.slot), str(domain.epoch), since, domain.digest[:19])
+    Console().print(table)
+
+
+@domains_app.command("activate")
+def activate_command(
+    name: Name,
+    bundle: Annotated[
+        str, typer.Argument(help="Bundle folder on the server's machine, or file:// URI.")
+    ],
+    in_flight: Annotated[
+        InFlight,
+        typer.Option(
+            "--in-flight", help="Recompute running requests under the new experts, or abort."
+        ),
+    ] = "recompute",
+    if_epoch: Annotated[
+        int | None, typer.Option("--if-epoch", help="Only if nothing has changed since this epoch.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    token_file: TokenFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Forget a domain, or replace its expert."""
+    location = bundle if ":" in bundle else str(Path(bundle).expanduser().absolute())
+    with _client(url, token_file) as client:
+        answer = client.activate(name, location, in_flight=in_flight, if_epoch=if_epoch)
+    if as_json:
+        _print_json(answer)
+    else:
+        _print_domain(answer)
+
+
+@domains_app.command("revoke")
+def revoke_command(
+    name: Name,
+    if_epoch: Annotated[
+        int | None, typer.Option("--if-epoch", help="Only if nothing has changed since this epoch.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    token_file: TokenFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """End a domain; the base model's answers come back."""
+    with _client(url, token_file) as client:
+        answer = client.revoke(name, if_epoch=if_epoch)
+    if as_json:
+        _print_json(answer)
+    else:
+        pause_ms = answer.switch.pause_s * 1000
+        typer.echo(f"{name} revoked; epoch {answer.switch.epoch}, pause {pause_ms:.0f} ms")
+
+
+@domains_app.command("show")
+def show_command(
+    name: Name, url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: AsJson = False
+) -> None:
+    """Show one active domain."""
+    with _client(url, token_file) as client:
+        answer = client.show(name)
+    if as_json:
+        _print_json(answer)
+    else:
+        _print_domain(answer)
+
+
+@contextlib.contextmanager
+def _client(url: str, token_file: Path | None) -> Iterator[AdminClient]:
+    with _reported():
+        token = resolve_admin_token(token_file, read_environment())
+        with AdminClient(url, token) as client:
+            yield client
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Turns an error of ALTER into a message on stderr and an exit code."""
+    try:
+        yield
+    except AlterError as error:
+        typer.echo(f"error: {error.what}", err=True)
+        for label in ("expected", "got", "fix"):
+            if (text := getattr(error, label)) is not None:
+                typer.echo(f"  {label + ':':<10}{text}", err=True)
+        is_usage = isinstance(error, ConfigError | UnsupportedEngineError)
+        raise typer.Exit(EXIT_USAGE if is_usage else EXIT_FAILED) from error
+
+
+def _print_json(answer: BaseModel) -> None:
+    typer.echo(answer.model_dump_json(indent=2))
+
+
+def _print_domain(domain: ForgetDomain) -> None:
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    rows: dict[str, object] = {
+        "name": domain.name,
+        "digest": domain.digest,
+        "slot": domain.slot,
+        "epoch": domain.epoch,
+        "since": domain.since.isoformat(timespec="seconds"),
+        "bundle": domain.bundle,
+        "tokens": f"{domain.routed_tokens.high} high, {domain.routed_tokens.low} low",
+    }
+    if isinstance(domain, Activated):
+        rows["outcome"] = domain.outcome
+        if domain.switch is not None:
+            rows["pause"] = f"{domain.switch.pause_s * 1000:.0f} ms"
+    for label, value in rows.items():
+        table.add_row(label, str(value))
+    Console().print(table)

@@ -1,0 +1,179 @@
+"""The admin side from outside: a typed client that raises the server's own errors."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from alter_core.errors import AlterError, ConfigError
+from server.api.models import (
+    Activated,
+    ForgetDomain,
+    ForgetDomainList,
+    Problem,
+    Revoked,
+    Status,
+)
+from server.api.problems import MEDIA_TYPE, TYPE_PREFIX, problem_kind
+from server.engine.base import InFlight
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_TIMEOUT_S = 300.0
+"""Reading, verifying and switching a large expert takes a while."""
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+class AdminClient:
+    """Talks to `/admin` of one server. Close it, or use it in a `with` statement.
+
+    Every method raises the class of `alter_core.errors` that the server raised, ConfigError for a
+    token that is missing or wrong, and AlterError for anything else.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        token: str | None = None,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._url = url
+        self._http = httpx.Client(
+            base_url=url.rstrip("/") + "/admin",
+            headers=headers,
+            timeout=timeout_s,
+            transport=transport,
+        )
+
+    def __enter__(self) -> AdminClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def list_domains(self) -> ForgetDomainList:
+        """What is active."""
+        return self._ask("GET", "/forget-domains", ForgetDomainList)
+
+    def show(self, name: str) -> ForgetDomain:
+        """One active domain."""
+        return self._ask("GET", _path(name), ForgetDomain)
+
+    def status(self) -> Status:
+        """The server as a whole."""
+        return self._ask("GET", "/status", Status)
+
+    def activate(
+        self,
+        name: str,
+        bundle: str,
+        *,
+        in_flight: InFlight = "recompute",
+        if_epoch: int | None = None,
+        is_new: bool = False,
+        idempotency_key: str | None = None,
+    ) -> Activated:
+        """Activates the bundle at a path on the server's machine.
+
+        `if_epoch`: only if nothing has changed since. `is_new`: only if the name is not active.
+        """
+        headers = _conditions(if_epoch, idempotency_key)
+        if is_new:
+            headers["If-None-Match"] = "*"
+        body = {"name": name, "bundle": bundle, "in_flight": in_flight}
+        return self._ask("POST", "/forget-domains", Activated, headers=headers, body=body)
+
+    def revoke(
+        self, name: str, *, if_epoch: int | None = None, idempotency_key: str | None = None
+    ) -> Revoked:
+        """Ends a domain."""
+        headers = _conditions(if_epoch, idempotency_key)
+        return self._ask("DELETE", _path(name), Revoked, headers=headers)
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        answer: type[Answer],
+        *,
+        headers: dict[str, str] | None = None,
+        body: dict[str, str] | None = None,
+    ) -> Answer:
+        try:
+            response = self._http.request(method, path, headers=headers, json=body)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise AlterError(
+                f"The server at {self._url} does not answer",
+                expected="a server that was started with `alter serve`",
+                got=str(error) or type(error).__name__,
+                fix="Check --url or ALTER_URL, and that the server has started.",
+            ) from error
+        if not response.is_success:
+            raise error_of(response)
+        try:
+            return answer.model_validate_json(response.content)
+        except ValidationError as error:
+            raise _foreign(response) from error
+
+
+def error_of(response: httpx.Response) -> AlterError:
+    """The error that a refusal stands for."""
+    if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
+        return _foreign(response)
+    try:
+        problem = Problem.model_validate_json(response.content)
+    except ValidationError:
+        return _foreign(response)
+    if problem.status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        error_class: type[AlterError] = ConfigError
+    else:
+        error_class = _CLASSES.get(problem.type, AlterError)
+    return error_class(problem.detail, expected=problem.expected, got=problem.got, fix=problem.fix)
+
+
+def _foreign(response: httpx.Response) -> AlterError:
+    return AlterError(
+        f"{response.request.url} is not an admin side of ALTER, or of another version",
+        expected="an answer as /openapi.json describes it",
+        got=f"status {response.status_code}, {response.headers.get('content-type', 'no content')}",
+        fix="Check --url or ALTER_URL.",
+    )
+
+
+def _path(name: str) -> str:
+    return f"/forget-domains/{quote(name, safe='')}"
+
+
+def _conditions(if_epoch: int | None, idempotency_key: str | None) -> dict[str, str]:
+    headers = {}
+    if if_epoch is not None:
+        headers["If-Match"] = f'"{if_epoch}"'
+    if idempotency_key is not None:
+        headers["Idempotency-Key"] = idempotency_key
+    return headers
+
+
+def _by_type(error_class: type[AlterError]) -> dict[str, type[AlterError]]:
+    classes = {TYPE_PREFIX + problem_kind(error_class): error_class}
+    for subclass in error_class.__subclasses__():
+        classes |= _by_type(subclass)
+    return classes
+
+
+_CLASSES = _by_type(AlterError)

@@ -1,0 +1,482 @@
+"""Which forget domains are active, and the one place that changes it.
+
+A change is one switch of the engine. Changes run one after another, each in a task of its own: a
+client that goes away in the middle leaves a finished change behind, never half of one. After each
+switch the workers are asked what they apply; if that is not what was asked for, the service loses
+trust in its engine for good and nothing may be generated any more.
+
+The registry lives in memory. It holds names, digests and figures, and no text to be forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from prometheus_client import CollectorRegistry
+
+from alter_core.bundle import DOMAIN_NAME_PATTERN
+from alter_core.errors import (
+    BundleError,
+    BundleNotFoundError,
+    DomainConflictError,
+    DomainNameError,
+    DomainNotFoundError,
+    EngineError,
+    NoFreeSlotError,
+    SwitchError,
+)
+from alter_core.substrate import ForgetExpert, Substrate
+from server.engine.base import CanaryReport, EngineState, ForgetEngine, InFlight, SwitchReport
+from server.metrics import RETAIN, AlterMetrics, RoutedTokenLedger, TokenCount
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Outcome = Literal["created", "replaced", "unchanged"]
+
+Precondition = Callable[[int, bool], None]
+"""Called with the epoch and whether the name is active, right before a change. Raises to refuse."""
+
+COLLECT_TIMEOUT_S = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActiveDomain:
+    """One domain that is being forgotten."""
+
+    name: str
+    digest: str
+    """Digest of the bundle that is applied."""
+    slot: int
+    epoch: int
+    """The epoch that began with it."""
+    since: datetime
+    bundle: Path
+    """Where the bundle was read from."""
+    evaluation: dict[str, Any] | None
+    """The figures of the bundle's evaluation; numbers only."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Activation:
+    """What an activation did."""
+
+    domain: ActiveDomain
+    outcome: Outcome
+    epoch: int
+    """The epoch now; higher than the domain's if it was active already."""
+    report: SwitchReport | None
+    """None if nothing had to change."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Revocation:
+    """What a revocation did."""
+
+    domain: ActiveDomain
+    """As it was."""
+    report: SwitchReport
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServiceStatus:
+    """The service as a whole."""
+
+    epoch: int
+    is_ready: bool
+    is_trusted: bool
+    distrust: str | None
+    """Why the engine is not trusted."""
+    substrate_digest: str | None
+    max_domains: int
+    num_active: int
+    num_pending: int
+    """Changes that run or wait."""
+    canary: CanaryReport | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Change:
+    """One switch to be made; without an expert the slot is emptied."""
+
+    name: str
+    slot: int
+    in_flight: InFlight
+    bundle: Path | None = None
+    expert: ForgetExpert | None = None
+
+    @property
+    def digest(self) -> str | None:
+        return None if self.expert is None else self.expert.digest
+
+
+class DomainService:
+    """Activates and revokes forget domains on a running engine."""
+
+    def __init__(
+        self,
+        engine: ForgetEngine,
+        substrate: Substrate,
+        max_domains: int,
+        *,
+        metrics: AlterMetrics | None = None,
+    ) -> None:
+        self._engine = engine
+        self._substrate = substrate
+        self._max_domains = max_domains
+        self._metrics = metrics or AlterMetrics(CollectorRegistry())
+        self._ledger = RoutedTokenLedger(self._metrics)
+        self._domains: Mapping[str, ActiveDomain] = {}
+        self._epoch = 0
+        self._canary: CanaryReport | None = None
+        self._is_ready = False
+        self._is_switching = False
+        self._distrust: str | None = None
+        self._lock = asyncio.Lock()
+        self._changes: set[asyncio.Task[Any]] = set()
+        self._collection: asyncio.Task[None] | None = None
+        self.on_distrust: list[Callable[[], None]] = []
+        """Called once, when trust in the engine is lost."""
+
+    @property
+    def epoch(self) -> int:
+        """Starts at 0 and rises by 1 with every change."""
+        return self._epoch
+
+    @property
+    def is_trusted(self) -> bool:
+        """False once what the engine applies is not known to be what was asked for."""
+        return self._distrust is None and self._engine.is_trusted
+
+    @property
+    def is_serving(self) -> bool:
+        """True while generation is allowed: started, and trusted."""
+        return self._is_ready and self.is_trusted
+
+    async def start(self, domains: Mapping[str, Path]) -> None:
+        """Proves the engine with its canary, then activates `domains`. Nothing is generated before.
+
+        Raises: CanaryError, BundleError, DomainError, EngineError; the server must not start.
+        """
+        self._canary = await self._engine.run_canary()
+        await self._verify()
+        for name, bundle in domains.items():
+            await self.activate(name, bundle)
+        self._is_ready = True
+
+    async def activate(
+        self,
+        name: str,
+        bundle: Path,
+        in_flight: InFlight = "recompute",
+        *,
+        precondition: Precondition | None = None,
+    ) -> Activation:
+        """Makes the expert at `bundle` the one of domain `name`.
+
+        The bundle is read and verified before the engine is asked for anything. The digest that is
+        active already changes nothing; another one replaces it in its slot, as one switch.
+
+        Raises: DomainNameError, BundleError, DomainConflictError, NoFreeSlotError, SwitchError or
+        what `precondition` raises, and nothing has changed; EngineError, and generation is refused.
+        """
+        check_domain_name(name)
+        expert = await asyncio.to_thread(_read_expert, bundle, self._substrate)
+        return await self._run_alone(
+            lambda: self._activate(name, bundle, expert, in_flight, precondition)
+        )
+
+    async def revoke(
+        self,
+        name: str,
+        in_flight: InFlight = "recompute",
+        *,
+        precondition: Precondition | None = None,
+    ) -> Revocation:
+        """Ends domain `name`; the base model's answers come back.
+
+        Raises: DomainNotFoundError, SwitchError or what `precondition` raises, and nothing has
+        changed; EngineError, and generation is refused.
+        """
+        return await self._run_alone(lambda: self._revoke(name, in_flight, precondition))
+
+    def list(self) -> tuple[ActiveDomain, ...]:
+        """The active domains, by name."""
+        return tuple(self._domains[name] for name in sorted(self._domains))
+
+    def show(self, name: str) -> ActiveDomain:
+        """Raises: DomainNotFoundError."""
+        try:
+            return self._domains[name]
+        except KeyError:
+            raise DomainNotFoundError(
+                f"No active domain is named {name!r}",
+                expected=f"one of: {', '.join(sorted(self._domains)) or '(none is active)'}",
+                got=repr(name),
+                fix="List the active ones with `alter domains list`.",
+            ) from None
+
+    def status(self) -> ServiceStatus:
+        """The service as a whole, without asking the engine."""
+        return ServiceStatus(
+            epoch=self._epoch,
+            is_ready=self._is_ready,
+            is_trusted=self.is_trusted,
+            distrust=self._distrust_reason(),
+            substrate_digest=self._substrate.digest,
+            max_domains=self._max_domains,
+            num_active=len(self._domains),
+            num_pending=len(self._changes),
+            canary=self._canary,
+        )
+
+    def routed_tokens(self, expert: str) -> TokenCount:
+        """Tokens of a domain, or of `retain`, since the server started, as last collected."""
+        return self._ledger.total(expert)
+
+    async def collect_routed_tokens(self, timeout_s: float = COLLECT_TIMEOUT_S) -> None:
+        """Brings the counters up to date if the engine answers in time. Never raises.
+
+        Does nothing during a change: who owned which slot would be unclear.
+        """
+        if not self._lock.locked():
+            await self._collect(timeout_s)
+
+    async def _run_alone(self, change: Callable[[], Awaitable[T]]) -> T:
+        """Runs a change to its end, after those before it, even if the caller is cancelled."""
+
+        async def run() -> T:
+            async with self._lock:
+                self._require_trust()
+                return await change()
+
+        task = asyncio.create_task(run())
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
+
+    async def _activate(
+        self,
+        name: str,
+        bundle: Path,
+        expert: ForgetExpert,
+        in_flight: InFlight,
+        precondition: Precondition | None,
+    ) -> Activation:
+        current = self._domains.get(name)
+        if current is None or current.digest != expert.digest:
+            self._refuse_second_name(name, expert)
+        slot = self._free_slot() if current is None else current.slot
+        if precondition is not None:
+            precondition(self._epoch, current is not None)
+        if current is not None and current.digest == expert.digest:
+            return Activation(domain=current, outcome="unchanged", epoch=self._epoch, report=None)
+        change = _Change(name=name, slot=slot, in_flight=in_flight, bundle=bundle, expert=expert)
+        report = await self._switch(change)
+        return Activation(
+            domain=self._domains[name],
+            outcome="created" if current is None else "replaced",
+            epoch=self._epoch,
+            report=report,
+        )
+
+    async def _revoke(
+        self, name: str, in_flight: InFlight, precondition: Precondition | None
+    ) -> Revocation:
+        domain = self.show(name)
+        if precondition is not None:
+            precondition(self._epoch, True)
+        report = await self._switch(_Change(name=name, slot=domain.slot, in_flight=in_flight))
+        return Revocation(domain=domain, report=report)
+
+    async def _switch(self, change: _Change) -> SwitchReport:
+        await self._collect(COLLECT_TIMEOUT_S)
+        self._is_switching = True
+        try:
+            report = await self._engine.switch(
+                epoch=self._epoch + 1,
+                slot=change.slot,
+                bundle=change.bundle,
+                digest=change.digest,
+                in_flight=change.in_flight,
+            )
+            # No await between the engine's return and this: the first token computed under the new
+            # experts must find the new epoch.
+            self._publish(change, report)
+        except BundleError:
+            raise
+        except SwitchError:
+            await self._verify()
+            raise
+        except BaseException as error:
+            self._lose_trust(f"a switch ended with {type(error).__name__}")
+            raise
+        finally:
+            self._is_switching = False
+        await self._verify()
+        return report
+
+    def _publish(self, change: _Change, report: SwitchReport) -> None:
+        if report.epoch != self._epoch + 1:
+            raise EngineError(
+                "The engine reports another epoch than the one asked for",
+                expected=str(self._epoch + 1),
+                got=str(report.epoch),
+                fix=_RESTART,
+            )
+        domains = {name: domain for name, domain in self._domains.items() if name != change.name}
+        if change.expert is not None:
+            assert change.bundle is not None
+            assert change.expert.digest is not None
+            domains[change.name] = ActiveDomain(
+                name=change.name,
+                digest=change.expert.digest,
+                slot=change.slot,
+                epoch=report.epoch,
+                since=datetime.now(UTC),
+                bundle=change.bundle,
+                evaluation=_figures(change.expert.evaluation),
+            )
+            self._metrics.add_routed_tokens(change.name, high=0, low=0)
+        self._domains, self._epoch = domains, report.epoch
+        self._ledger.restart(change.slot)
+        self._metrics.set_state(epoch=report.epoch, num_domains=len(domains))
+        self._metrics.observe_switch(report.pause_s)
+
+    async def _verify(self) -> None:
+        """Asks the workers what they apply.
+
+        Raises: EngineError, and trust is lost, unless it is exactly what the registry says.
+        """
+        digests: list[str | None] = [None] * self._max_domains
+        for domain in self._domains.values():
+            digests[domain.slot] = domain.digest
+        desired = EngineState(epoch=self._epoch, digests=tuple(digests))
+        try:
+            state = await self._engine.state()
+        except BaseException as error:
+            self._lose_trust(f"the workers did not say what they apply ({type(error).__name__})")
+            raise
+        if state != desired:
+            self._lose_trust("the workers apply something else than what was asked for")
+            raise EngineError(
+                "The workers apply something else than what was asked for",
+                expected=_describe(desired),
+                got=_describe(state),
+                fix=_RESTART,
+            )
+
+    def _lose_trust(self, reason: str) -> None:
+        if self._distrust is not None:
+            return
+        self._distrust = reason
+        logger.error("Generation is refused from now on: %s. %s", reason, _RESTART)
+        for callback in self.on_distrust:
+            callback()
+
+    def _distrust_reason(self) -> str | None:
+        if self._distrust is None and not self._engine.is_trusted:
+            return "the engine could not prove what it applies"
+        return self._distrust
+
+    def _require_trust(self) -> None:
+        if not self.is_trusted:
+            raise EngineError(
+                "Domains cannot be changed: it is not known which experts the engine applies",
+                expected="a trusted engine",
+                got=self._distrust_reason(),
+                fix=_RESTART,
+            )
+
+    def _refuse_second_name(self, name: str, expert: ForgetExpert) -> None:
+        holders = [d.name for d in self._domains.values() if d.digest == expert.digest]
+        if holders:
+            raise DomainConflictError(
+                f"This bundle is already active under the name {holders[0]!r}",
+                expected="a bundle that is not active under another name",
+                got=str(expert.digest),
+                fix=f"Revoke {holders[0]!r} first, or keep using that name.",
+            )
+
+    def _free_slot(self) -> int:
+        taken = {domain.slot for domain in self._domains.values()}
+        for slot in range(self._max_domains):
+            if slot not in taken:
+                return slot
+        raise NoFreeSlotError(
+            "Every slot holds an expert",
+            expected=f"fewer than {self._max_domains} active domains",
+            got=str(len(taken)),
+            fix="Revoke a domain, or restart with a larger --alter-max-domains.",
+        )
+
+    async def _collect(self, timeout_s: float) -> None:
+        """Waits for a collection, the running one if there is one; never cancels a worker call."""
+        if self._collection is None or self._collection.done():
+            self._collection = asyncio.create_task(self._collect_once())
+        await asyncio.wait({self._collection}, timeout=timeout_s)
+
+    async def _collect_once(self) -> None:
+        epoch = self._epoch
+        try:
+            counts = await self._engine.routed_tokens()
+        except Exception as error:
+            logger.warning("Routed-token counts could not be read: %s", error)
+            if not self._engine.is_trusted:
+                self._lose_trust("the workers disagree about what they apply")
+            return
+        if not self._is_switching and epoch == self._epoch:
+            experts: dict[int | None, str] = {d.slot: d.name for d in self._domains.values()}
+            self._ledger.record(counts, experts | {None: RETAIN})
+
+
+def check_domain_name(name: str) -> None:
+    """Raises: DomainNameError."""
+    if re.fullmatch(DOMAIN_NAME_PATTERN, name) is None or name == RETAIN:
+        raise DomainNameError(
+            f"{name!r} cannot name a forget domain",
+            expected=f"1 to 63 of a-z, 0-9 and '-', other than {RETAIN!r}",
+            got=repr(name),
+            fix="Choose another name, e.g. 'authors-2'.",
+        )
+
+
+_RESTART = "Restart the server; it comes back with the domains that `alter serve` was given."
+
+
+def _read_expert(bundle: Path, substrate: Substrate) -> ForgetExpert:
+    try:
+        return ForgetExpert.read(bundle, substrate)
+    except OSError as error:
+        raise BundleNotFoundError(
+            f"The bundle at {bundle} cannot be read",
+            expected="a readable bundle folder",
+            got=error.strerror or type(error).__name__,
+            fix="Check the path and its permissions on the server's machine.",
+        ) from error
+
+
+def _figures(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The numbers of an evaluation, and nothing that could hold text."""
+    if evaluation is None:
+        return None
+    figures: dict[str, Any] = {}
+    for name, value in evaluation.items():
+        if isinstance(value, Mapping):
+            figures[name] = _figures(value)
+        elif isinstance(value, bool | int | float):
+            figures[name] = value
+    return figures
+
+
+def _describe(state: EngineState) -> str:
+    active = ", ".join(f"{slot}: {digest}" for slot, digest in enumerate(state.digests) if digest)
+    return f"epoch {state.epoch} over {len(state.digests)} slots with {active or 'no expert'}"

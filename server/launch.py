@@ -1,0 +1,342 @@
+"""Starts vLLM's own API server with ALTER inside.
+
+Everything that can be refused is refused here, before any weight is loaded: options under which
+tokens would bypass the gate or that are not proven with it, a substrate of another model, an expert
+of another substrate. vLLM swallows a plugin's import error and would serve without it; so that is
+checked too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+from argparse import Namespace
+from collections.abc import Callable, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alter_core.errors import (
+    ConfigError,
+    DomainConflictError,
+    UnsupportedEngineError,
+    UnsupportedModelError,
+)
+from alter_core.fingerprint import BaseModelInfo
+from alter_core.substrate import ForgetExpert, Substrate
+from server.settings import ServeSettings
+
+PLUGIN = "alter"
+PLUGIN_GROUP = "vllm.endpoint_plugins"
+_FILTERED_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+"""Groups that VLLM_PLUGINS filters, and that load everything while it is unset."""
+_OTHER_WEIGHT_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refusal:
+    """An option of vLLM that cannot be served with forget experts."""
+
+    option: str
+    is_asked_for: Callable[[Namespace], bool]
+    reason: str
+
+
+def _above_one(name: str) -> Callable[[Namespace], bool]:
+    return lambda args: (getattr(args, name, None) or 1) > 1
+
+
+def _given(*names: str) -> Callable[[Namespace], bool]:
+    return lambda args: any(getattr(args, name, None) not in (None, False, "", 0) for name in names)
+
+
+_UNPROVEN = "it is not proven with forget experts"
+_REFUSALS = (
+    _Refusal("--pipeline-parallel-size > 1", _above_one("pipeline_parallel_size"), _UNPROVEN),
+    _Refusal(
+        "data parallelism",
+        lambda args: (
+            _above_one("data_parallel_size")(args)
+            or _given(
+                "data_parallel_external_lb",
+                "data_parallel_hybrid_lb",
+                "data_parallel_multi_port_external_lb",
+            )(args)
+            or args.data_parallel_rank is not None
+        ),
+        "a switch reaches one engine only; run several servers instead",
+    ),
+    _Refusal(
+        "--api-server-count other than 1",
+        lambda args: args.api_server_count not in (None, 1),
+        "each API process would have its own idea of what is active",
+    ),
+    _Refusal("--nnodes > 1", _above_one("nnodes"), _UNPROVEN),
+    _Refusal(
+        "--prefill-context-parallel-size > 1",
+        _above_one("prefill_context_parallel_size"),
+        _UNPROVEN,
+    ),
+    _Refusal(
+        "--decode-context-parallel-size > 1", _above_one("decode_context_parallel_size"), _UNPROVEN
+    ),
+    _Refusal(
+        "--enable-dbo or --ubatch-size",
+        _given("enable_dbo", "ubatch_size"),
+        "the gate routes a step as a whole",
+    ),
+    _Refusal(
+        "--enable-prompt-embeds",
+        _given("enable_prompt_embeds"),
+        "prompts without token ids cannot be routed",
+    ),
+    _Refusal("--enable-lora", _given("enable_lora", "lora_modules"), _UNPROVEN),
+    _Refusal(
+        "--speculative-config",
+        _given("speculative_config", "spec_method", "spec_model", "spec_tokens"),
+        "a draft model knows nothing of forget experts",
+    ),
+    _Refusal(
+        "--kv-transfer-config or --kv-offloading-size",
+        _given("kv_transfer_config", "kv_offloading_size"),
+        "keys and values from before a switch could come back from outside",
+    ),
+    _Refusal("--ec-transfer-config", _given("ec_transfer_config"), _UNPROVEN),
+    _Refusal(
+        "--weight-transfer-config",
+        _given("weight_transfer_config"),
+        "experts belong to the base weights they were trained on",
+    ),
+    _Refusal("--headless", _given("headless"), "there would be no admin side"),
+    _Refusal("--grpc", _given("grpc", "grpc_port"), "answers would carry no epoch"),
+    _Refusal(
+        "--worker-cls",
+        lambda args: args.worker_cls != "auto",
+        "ALTER installs itself through its own worker class",
+    ),
+    _Refusal("--worker-extension-cls", _given("worker_extension_cls"), _UNPROVEN),
+    _Refusal(
+        "--model-impl",
+        lambda args: args.model_impl not in ("auto", "vllm"),
+        "experts attach to vLLM's own model classes",
+    ),
+    _Refusal(
+        "--async-scheduling",
+        lambda args: args.async_scheduling is True,
+        "the gate reads the token ids of a step before it runs",
+    ),
+)
+
+
+def serve(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> None:
+    """Serves `model` until the process is told to stop.
+
+    Raises: ConfigError, UnsupportedEngineError, UnsupportedModelError, BundleError or DomainError
+    before anything is loaded; SystemExit for flags that vLLM does not know; EngineError later.
+    """
+    refuse_environment(os.environ)
+    prepare_environment(os.environ)
+    require_plugin()
+    args = parse_vllm_args(model, vllm_args)
+    refuse_unproven(args)
+    folder = resolve_model(args)
+    substrate = check_artefacts(folder, settings)
+    configure(args, settings, substrate)
+    _run(args)
+
+
+def refuse_environment(environ: MutableMapping[str, str]) -> None:
+    """Raises: UnsupportedEngineError for variables of vLLM that ALTER cannot be served with."""
+    refused = {
+        "VLLM_USE_RUST_FRONTEND": "it serves HTTP without Python plugins",
+        "VLLM_SERVER_DEV_MODE": "it opens worker calls and weight updates to everybody",
+        "VLLM_USE_V2_MODEL_RUNNER": "the gate reads token ids on the V1 model runner",
+    }
+    for name, reason in refused.items():
+        value = environ.get(name, "")
+        if value.strip().lower() not in ("", "0", "false"):
+            raise UnsupportedEngineError(
+                f"{name} cannot be used with forget experts: {reason}",
+                expected=f"{name} unset or 0",
+                got=value,
+                fix=f"Unset {name}.",
+            )
+
+
+def prepare_environment(environ: MutableMapping[str, str]) -> None:
+    """Sets what vLLM reads from the environment, for this process and its workers."""
+    environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    given = environ.get("VLLM_PLUGINS")
+    if given is None:
+        # Unset means all of these groups; once it is set, it has to name them.
+        names = [
+            e.name
+            for group in _FILTERED_GROUPS
+            for e in importlib.metadata.entry_points(group=group)
+        ]
+    else:
+        names = [name for name in given.split(",") if name]
+    environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, PLUGIN]))
+
+
+def require_plugin() -> None:
+    """Raises: ConfigError unless vLLM will find and load our plugin."""
+    from server.plugin import AlterEndpointPlugin
+
+    found = [e for e in importlib.metadata.entry_points(group=PLUGIN_GROUP) if e.name == PLUGIN]
+    if not found or any(entry.load() is not AlterEndpointPlugin for entry in found):
+        raise ConfigError(
+            "vLLM would not load ALTER's plugin and would serve without forget experts",
+            expected=f"an entry point {PLUGIN!r} in the group {PLUGIN_GROUP}",
+            got=", ".join(entry.value for entry in found) or "none",
+            fix="Install the package, e.g. `pip install -e .`.",
+        )
+
+
+def parse_vllm_args(model: str, vllm_args: Sequence[str]) -> Namespace:
+    """vLLM's own flags, parsed by its own parser, as `vllm serve` does.
+
+    Raises: SystemExit(2) for unknown flags; ConfigError for values that contradict each other.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="alter serve"))
+    try:
+        args: Namespace = parser.parse_args([model, *vllm_args])
+        args.model = model
+        validate_parsed_serve_args(args)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            "vLLM does not accept these flags", got=str(error), fix="See `alter serve --help`."
+        ) from error
+    return args
+
+
+def refuse_unproven(args: Namespace) -> None:
+    """Raises: UnsupportedEngineError for what would bypass the gate, or is not proven with it."""
+    for refusal in _REFUSALS:
+        if refusal.is_asked_for(args):
+            raise UnsupportedEngineError(
+                f"{refusal.option} cannot be used with forget experts: {refusal.reason}",
+                expected=f"no {refusal.option}",
+                got="it is set",
+                fix="Remove it from the command line or the configuration file.",
+            )
+
+
+def resolve_model(args: Namespace) -> Path:
+    """The folder of the model. A hub model is fetched, and pinned: vLLM then serves that folder.
+
+    Raises: UnsupportedModelError if it is neither a folder nor to be had from the hub.
+    """
+    model: str = args.model
+    if Path(model).exists() or model.startswith(("/", "./", "../", "~")):
+        return Path(model).expanduser()
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model,
+            revision=args.revision,
+            cache_dir=args.download_dir,
+            ignore_patterns=_OTHER_WEIGHT_FORMATS,
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UnsupportedModelError(
+            f"The model {model!r} is neither a folder nor available from the hub",
+            expected="a local folder, or the name of a hub model",
+            got=type(error).__name__,
+            fix="Check the name and the network; with HF_HUB_OFFLINE=1 it must be in the cache.",
+        ) from error
+    args.served_model_name = args.served_model_name or [model]
+    args.model = args.model_tag = folder
+    return Path(folder)
+
+
+def check_artefacts(model: Path, settings: ServeSettings) -> Substrate:
+    """Reads and verifies the substrate against the model, and every start-up expert against both.
+
+    Raises: UnsupportedModelError, BundleError, DomainConflictError.
+    """
+    substrate = Substrate.read(settings.substrate, BaseModelInfo.from_folder(model))
+    names: dict[str, str] = {}
+    for name, folder in settings.domains.items():
+        digest = str(ForgetExpert.read(folder, substrate).digest)
+        if digest in names:
+            raise DomainConflictError(
+                f"The forget domains {names[digest]!r} and {name!r} name the same bundle",
+                expected="each bundle under one name",
+                got=digest,
+                fix="Remove one --alter-domain.",
+            )
+        names[digest] = name
+    return substrate
+
+
+def configure(args: Namespace, settings: ServeSettings, substrate: Substrate) -> None:
+    """Puts ALTER into vLLM's arguments. What the user set in `--additional-config` stays.
+
+    Raises: ConfigError if that has a key `alter`.
+    """
+    from vllm.platforms import current_platform
+
+    additional: dict[str, Any] = dict(args.additional_config or {})
+    if PLUGIN in additional:
+        raise ConfigError(
+            "--additional-config has a key that belongs to ALTER",
+            expected=f"no key {PLUGIN!r}",
+            got=repr(additional[PLUGIN]),
+            fix="Use the --alter-* flags.",
+        )
+    additional[PLUGIN] = {
+        "substrate": str(settings.substrate),
+        "max_domains": settings.max_domains,
+        "installation": installation_fingerprint(substrate, settings.max_domains),
+    }
+    args.additional_config = additional
+    worker = "AlterCPUWorker" if current_platform.is_cpu() else "AlterGPUWorker"
+    args.worker_cls = f"server.engine.worker.{worker}"
+    args.async_scheduling = False
+    args.api_server_count = None
+    args.alter_settings = settings
+
+
+def installation_fingerprint(substrate: Substrate, max_domains: int) -> str:
+    """SHA-256 over what is installed into the model: substrate, slots and our own code.
+
+    vLLM hashes it into the key of its compile cache, which would otherwise hold one entry for a
+    model with and without experts.
+    """
+    digest = hashlib.sha256(f"{substrate.digest}\n{max_domains}\n".encode())
+    for package in ("alter_core", "server.engine"):
+        for folder in _package_folders(package):
+            for file in sorted(folder.rglob("*.py")):
+                digest.update(f"{package}/{file.relative_to(folder)}\n".encode())
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _package_folders(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    return [Path(folder) for folder in spec.submodule_search_locations or ()]
+
+
+def _run(args: Namespace) -> None:
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.logger import configure_logging_from_args
+
+    configure_logging_from_args(args)
+    uvloop.run(run_server(args))

@@ -1,0 +1,68 @@
+"""The way into vLLM's server: an entry point of `vllm.endpoint_plugins`, named in VLLM_PLUGINS."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+
+from alter_core.errors import ConfigError, UnsupportedEngineError
+from alter_core.substrate import Substrate
+from server.api.app import attach
+from server.domains import DomainService
+from server.metrics import AlterMetrics
+from server.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+logger = logging.getLogger(__name__)
+
+
+class AlterEndpointPlugin:
+    """Adds `/admin` and the epoch to vLLM's application, and opens it once the engine is proven.
+
+    An error in `init_state` stops vLLM's server before it listens.
+    """
+
+    name = "alter"
+    required_tasks: tuple[str, ...] | None = None
+    """Needed whatever the model can do: without the plugin nothing would be refused."""
+
+    def attach_router(self, app: FastAPI) -> None:
+        """See vLLM's `EndpointPlugin`."""
+        attach(app)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        """See vLLM's `EndpointPlugin`.
+
+        Raises: ConfigError, UnsupportedEngineError, BundleError, DomainError, EngineError.
+        """
+        settings = getattr(args, "alter_settings", None)
+        if not isinstance(settings, ServeSettings):
+            raise ConfigError(
+                "ALTER's plugin is loaded, but not configured",
+                expected="a server that was started with `alter serve`",
+                got="a server that was started in another way",
+                fix="Use `alter serve MODEL --alter-substrate DIR`.",
+            )
+        if engine_client is None:
+            raise UnsupportedEngineError(
+                "This server has no engine", expected="vLLM's API server", got="its render server"
+            )
+        from server.engine.vllm_engine import VllmForgetEngine
+
+        service = DomainService(
+            VllmForgetEngine(engine_client),
+            Substrate.read(settings.substrate),
+            settings.max_domains,
+            metrics=AlterMetrics(),
+        )
+        state.alter.open(service, settings.admin_token_sha256)
+        await service.start(settings.domains)
+        logger.info("Epoch %d: %d forget domains are active", service.epoch, len(service.list()))

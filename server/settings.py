@@ -1,0 +1,190 @@
+"""Configuration of `alter serve`: flag over environment over default.
+
+ALTER_SUBSTRATE          folder of the substrate
+ALTER_DOMAINS            NAME=DIR,NAME=DIR: domains that are active from the start
+ALTER_MAX_DOMAINS        slots for experts
+ALTER_ADMIN_TOKEN        bearer token of /admin
+ALTER_ADMIN_TOKEN_FILE   file that holds it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from alter_core.errors import ConfigError
+from server.domains import check_domain_name
+
+DEFAULT_MAX_DOMAINS = 64
+ENV_PREFIX = "ALTER_"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What `alter serve` was asked to do, beyond vLLM's own flags."""
+
+    substrate: Path
+    """Absolute folder of the substrate."""
+    domains: Mapping[str, Path] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """Absolute bundle folder by name, active before the first request is answered."""
+    max_domains: int = DEFAULT_MAX_DOMAINS
+    """Slots for experts, >= 1. Memory for all of them is taken at start-up."""
+    admin_token_sha256: bytes | None = dataclasses.field(default=None, repr=False)
+    """Digest of the bearer token of /admin, never the token; None closes /admin."""
+
+    def __post_init__(self) -> None:
+        if self.max_domains < 1:
+            raise ConfigError(
+                "max_domains is out of range",
+                expected=">= 1",
+                got=str(self.max_domains),
+                fix="Set --alter-max-domains.",
+            )
+        if len(self.domains) > self.max_domains:
+            raise ConfigError(
+                "More domains are given than there are slots",
+                expected=f"at most {self.max_domains}",
+                got=str(len(self.domains)),
+                fix="Raise --alter-max-domains or give fewer --alter-domain.",
+            )
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        substrate: Path | None = None,
+        domains: Iterable[str] = (),
+        max_domains: int | None = None,
+        admin_token_file: Path | None = None,
+    ) -> ServeSettings:
+        """Fills what no flag gives from the environment. `domains` are `NAME=DIR` texts.
+
+        Raises: ConfigError, DomainNameError.
+        """
+        environment = read_environment()
+        substrate = substrate or environment.substrate
+        if substrate is None:
+            raise ConfigError(
+                "No substrate is given",
+                expected="a substrate bundle folder",
+                got="nothing",
+                fix="Set --alter-substrate or ALTER_SUBSTRATE.",
+            )
+        token = resolve_admin_token(admin_token_file, environment)
+        return cls(
+            substrate=substrate.expanduser().absolute(),
+            domains=_parse_domains(tuple(domains) or _split(environment.domains)),
+            max_domains=max_domains if max_domains is not None else environment.max_domains,
+            admin_token_sha256=None if token is None else token_digest(token),
+        )
+
+
+class Environment(BaseSettings):
+    """The ALTER_* variables. `Environment()` raises pydantic's ValidationError for a bad value."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="ignore")
+
+    substrate: Path | None = None
+    domains: str = ""
+    max_domains: int = Field(default=DEFAULT_MAX_DOMAINS, ge=1)
+    admin_token: SecretStr | None = None
+    admin_token_file: Path | None = None
+
+
+def read_environment() -> Environment:
+    """Raises: ConfigError for a bad value; a wrong environment must not start a server."""
+    try:
+        return Environment()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ENV_PREFIX + str(first["loc"][0]).upper()
+        raise ConfigError(
+            f"The environment variable {name} has a bad value",
+            expected=first["msg"],
+            got="a secret" if "TOKEN" in name else repr(first["input"]),
+            fix=f"Correct {name}, or unset it.",
+        ) from error
+
+
+def resolve_admin_token(token_file: Path | None, environment: Environment) -> str | None:
+    """The admin token: of the file that a flag names, else of the environment, else none.
+
+    Raises: ConfigError if the file cannot be read, or the token could not stand in a header.
+    """
+    if token_file is not None:
+        return _read_token_file(token_file)
+    if environment.admin_token is not None and environment.admin_token_file is not None:
+        raise ConfigError(
+            "Two admin tokens are given",
+            expected="ALTER_ADMIN_TOKEN or ALTER_ADMIN_TOKEN_FILE",
+            got="both",
+            fix="Unset one of them.",
+        )
+    if environment.admin_token_file is not None:
+        return _read_token_file(environment.admin_token_file)
+    if environment.admin_token is not None:
+        return _checked_token(environment.admin_token.get_secret_value(), "ALTER_ADMIN_TOKEN")
+    return None
+
+
+def token_digest(token: str) -> bytes:
+    """What is kept of a token."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _read_token_file(path: Path) -> str:
+    try:
+        text = path.expanduser().read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The admin token file {path} cannot be read",
+            expected="a text file that holds the token",
+            got=getattr(error, "strerror", None) or type(error).__name__,
+            fix="Check the path that was given, and the file's permissions.",
+        ) from error
+    return _checked_token(text, str(path))
+
+
+def _checked_token(text: str, source: str) -> str:
+    token = text.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(
+            f"The admin token in {source} cannot be used",
+            expected="one or more visible ASCII characters",
+            got="an empty text" if not token else "a text with other characters",
+            fix="Make one with: openssl rand -hex 32",
+        )
+    return token
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _parse_domains(texts: Iterable[str]) -> Mapping[str, Path]:
+    domains: dict[str, Path] = {}
+    for text in texts:
+        name, separator, folder = text.partition("=")
+        if not separator or not folder:
+            raise ConfigError(
+                "A forget domain is not given as NAME=DIR",
+                expected="NAME=DIR",
+                got=repr(text),
+                fix="For example: --alter-domain authors=/bundles/authors",
+            )
+        check_domain_name(name)
+        if name in domains:
+            raise ConfigError(
+                f"Two bundles are given for the forget domain {name!r}",
+                expected="each name once",
+                got=f"{domains[name]} and {folder}",
+                fix="Remove one --alter-domain, or choose another name for it.",
+            )
+        domains[name] = Path(folder).expanduser().absolute()
+    return MappingProxyType(domains)

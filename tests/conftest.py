@@ -1,0 +1,30 @@
+"""Environment and fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+DATA_DIR_VARIABLE = "ALTER_DATA_DIR"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_for_small_tensors() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The benchmark data, or skip: they are not part of the project."""
+    folder = Path(os.environ.get(DATA_DIR_VARIABLE, Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"set {DATA_DIR_VARIABLE} to the folder with tofu/, text/ and models/ to run this test")
+    return folder

@@ -1,0 +1,230 @@
+"""The HTTP side over an in-memory `ForgetEngine`: no vLLM, and no claim about generation.
+
+Bundles are real and on disk; streams and disconnects go over a real uvicorn socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+
+from alter_core.errors import EngineError
+from alter_core.substrate import Substrate
+from server.api.app import attach
+from server.api.runtime import AlterRuntime
+from server.domains import DomainService
+from server.engine.base import CanaryReport, EngineState, InFlight, RoutedTokens, SwitchReport
+from server.settings import token_digest
+from tests.support.tiny import PROVENANCE, TinyBundles, make_bundles, random_expert
+
+MAX_DOMAINS = 3
+TOKEN = "correct-horse"
+AUTHORIZATION = {"Authorization": f"Bearer {TOKEN}"}
+
+
+class InMemoryEngine:
+    """A `ForgetEngine` that only keeps books. Tests set `failure` and `lie`."""
+
+    def __init__(self, max_domains: int) -> None:
+        self.is_trusted = True
+        self.epoch = 0
+        self.digests: list[str | None] = [None] * max_domains
+        self.counts: dict[int | None, tuple[int, int]] = {None: (0, 0)}
+        self.failure: Exception | None = None
+        self.lie: EngineState | None = None
+        self.gate: asyncio.Event | None = None
+        """If set, a switch waits for it."""
+        self.switches: list[dict[str, Any]] = []
+
+    async def switch(
+        self,
+        *,
+        epoch: int,
+        slot: int,
+        bundle: Path | None,
+        digest: str | None,
+        in_flight: InFlight = "recompute",
+    ) -> SwitchReport:
+        self.switches.append({"slot": slot, "digest": digest, "in_flight": in_flight})
+        await asyncio.sleep(0)
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        self.epoch, self.digests[slot] = epoch, digest
+        self.counts.pop(slot, None)
+        if digest is not None:
+            self.counts[slot] = (0, 0)
+        return SwitchReport(epoch=epoch, stage_s=0.02, pause_s=0.03)
+
+    async def state(self) -> EngineState:
+        return self.lie or EngineState(epoch=self.epoch, digests=tuple(self.digests))
+
+    async def routed_tokens(self) -> list[RoutedTokens]:
+        return [RoutedTokens(slot=s, high=h, low=low) for s, (h, low) in self.counts.items()]
+
+    async def run_canary(self) -> CanaryReport:
+        return CanaryReport(num_sites=8, min_logit_change=1.5, seconds=0.1)
+
+    def break_down(self) -> None:
+        """The next switch leaves nobody knowing what is applied."""
+        self.failure = EngineError("The switch failed and could not be undone")
+
+
+@dataclasses.dataclass
+class Stack:
+    """One application with everything behind it."""
+
+    app: FastAPI
+    runtime: AlterRuntime
+    engine: InMemoryEngine
+    service: DomainService
+    steps: list[asyncio.Event]
+    """`/v1/stream` sends event i once step i is set; `/v1/wait` answers at step 0."""
+
+    def client(self, **headers: str) -> httpx.AsyncClient:
+        """An HTTP client straight into the application, with the admin token."""
+        return httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=self.app, raise_app_exceptions=False),
+            base_url="http://alter",
+            headers=AUTHORIZATION | headers,
+        )
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> TinyBundles:
+    """Experts `domain-0` to `domain-3`: one more than there are slots."""
+    return make_bundles(tmp_path_factory.mktemp("api"), num_experts=MAX_DOMAINS + 1)
+
+
+@pytest.fixture(scope="session")
+def substrate(bundles: TinyBundles) -> Substrate:
+    return Substrate.read(bundles.substrate)
+
+
+@pytest.fixture(scope="session")
+def write_expert(
+    substrate: Substrate, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Writes one more expert, with a given evaluation."""
+
+    def write(evaluation: dict[str, Any]) -> Path:
+        folder = tmp_path_factory.mktemp("expert") / "bundle"
+        expert = random_expert(substrate, "extra", seed=99)
+        expert.write(folder, substrate, training=PROVENANCE, evaluation=evaluation)
+        return folder
+
+    return write
+
+
+def generating_app(steps: list[asyncio.Event]) -> FastAPI:
+    """Routes that stand where vLLM's stand."""
+    app = FastAPI()
+
+    async def events() -> AsyncIterator[bytes]:
+        for index, step in enumerate(steps):
+            await step.wait()
+            yield f"data: {index}\n\n".encode()
+        yield b"data: [DONE]\n\n"
+
+    @app.post("/v1/stream")
+    async def stream() -> StreamingResponse:
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    @app.post("/v1/wait")
+    async def wait() -> JSONResponse:
+        await steps[0].wait()
+        return JSONResponse({"text": "done"})
+
+    @app.api_route("/{path:path}", methods=["GET", "POST"])
+    async def anything(request: Request, path: str) -> JSONResponse:
+        return JSONResponse({"path": path})
+
+    return app
+
+
+@pytest.fixture
+def make_stack(substrate: Substrate) -> Callable[..., Any]:
+    """Builds a stack inside a running loop."""
+
+    async def build(*, num_steps: int = 3, token: str | None = TOKEN) -> Stack:
+        steps = [asyncio.Event() for _ in range(num_steps)]
+        app = generating_app(steps)
+        catch_all = app.router.routes.pop()
+        runtime = attach(app)
+        app.router.routes.append(catch_all)
+        engine = InMemoryEngine(MAX_DOMAINS)
+        service = DomainService(engine, substrate, MAX_DOMAINS)
+        runtime.open(service, None if token is None else token_digest(token))
+        await service.start({})
+        return Stack(app, runtime, engine, service, steps)
+
+    return build
+
+
+class Listening:
+    """A stack behind a real socket, on a loop of its own."""
+
+    def __init__(self, make_stack: Callable[..., Any]) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.stack: Stack = self.run(make_stack())
+        config = uvicorn.Config(
+            self.stack.app, host="127.0.0.1", port=0, log_level="critical", lifespan="off"
+        )
+        self._server = uvicorn.Server(config)
+        self._serving = asyncio.run_coroutine_threadsafe(self._server.serve(), self._loop)
+        deadline = time.monotonic() + 10
+        while not self._server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+
+    def run(self, coroutine: Any) -> Any:
+        """Runs a coroutine on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Calls a function on the server's loop."""
+
+        async def called() -> Any:
+            return function()
+
+        return self.run(called())
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._serving.result(20)
+
+        async def stop() -> None:
+            tasks = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        self.run(stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=20)
+        self._loop.close()
+
+
+@pytest.fixture
+def listening(make_stack: Callable[..., Any]) -> Iterator[Listening]:
+    server = Listening(make_stack)
+    with contextlib.closing(server):
+        yield server

@@ -1,0 +1,95 @@
+"""The frozen base model, its tokenizer and its identity."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from alter_core.errors import ConfigError, UnsupportedModelError
+from alter_core.fingerprint import BaseModelInfo
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A base model as training sees it: no parameter of it ever takes a gradient."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    info: BaseModelInfo
+    accelerator: Accelerator
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The checkpoint's dtype, in which bundles are written too."""
+        return self.model.dtype
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence that the model takes."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def pad_id(self) -> int:
+        """A token id to pad with; masks hide it, so any will do."""
+        return self.tokenizer.pad_token_id or 0
+
+
+def load_base_model(
+    folder: Path, *, device: str = "auto", mixed_precision: str = "no", has_double_backward: bool = False
+) -> BaseModel:
+    """Loads a model folder in its own dtype, frozen.
+
+    `has_double_backward` picks the attention that can be differentiated twice.
+    Raises: UnsupportedModelError, ConfigError.
+    """
+    info = BaseModelInfo.from_folder(folder)
+    accelerator = _accelerator(device, mixed_precision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(
+            "The base model has no usable tokenizer",
+            expected=f"tokenizer files in {folder}",
+            got=type(error).__name__,
+        ) from error
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", attn_implementation="eager" if has_double_backward else "sdpa"
+    )
+    model.requires_grad_(False)
+    model.eval()
+    return BaseModel(
+        model=model.to(accelerator.device), tokenizer=tokenizer, info=info, accelerator=accelerator
+    )
+
+
+def _accelerator(device: str, mixed_precision: str) -> Accelerator:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError("device is unknown", expected="auto, cpu or cuda", got=device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "There is no CUDA device", expected="one that torch can see", got="none", fix="Use --device cpu."
+        )
+    if mixed_precision not in ("no", "bf16"):
+        raise ConfigError("mixed_precision is unknown", expected="no or bf16", got=mixed_precision)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            "Training runs in one process",
+            expected="1 process",
+            got=f"{accelerator.num_processes}",
+            fix="Start `alter train` without `accelerate launch`; train domains one by one on several machines.",
+        )
+    return accelerator

@@ -1,0 +1,288 @@
+"""Training of one domain's evidence head: one-vs-retain, on input embeddings alone.
+
+The router logit is a maximum over n-gram scores, which cannot be learned through the maximum from
+scratch. Three stages do it:
+
+1. pointwise: windows that only the domain holds (`windows.DomainWindows`, weighted by how telling they are)
+   against every window of the negatives;
+2. bags: the soft maximum over what is in view at the first answer token, and at later ones, must be
+   positive; the soft maximum is sharpened as it goes, and half of each bag is hidden, so that a prompt does
+   not hang on one window; negatives stay pointwise, half of them the worst false alarms;
+3. calibration on negatives that took no part, then a last stretch with them.
+
+Legend: W windows, G n-gram, U distinct tokens, D embedding size, H units, N bags, K windows of a bag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from alter_core.config import AlterConfig
+from alter_core.errors import TrainingError
+from alter_core.evidence import NO_EVIDENCE, EvidenceHead
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .dataset import EncodedRow
+from .windows import DomainWindows, NegativeWindows, windows_of
+
+Progress = Callable[[float], None]
+"""Called after every step with its loss."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvidenceSettings:
+    """How evidence heads are trained."""
+
+    pointwise_steps: int = 150
+    """Steps of stage 1."""
+    bag_steps: int = 200
+    """Steps of stage 2."""
+    final_steps: int = 80
+    """Steps of stage 3, after calibration."""
+    learning_rate: float = 2e-3
+    """Adam's learning rate."""
+    margin: float = 3.0
+    """Distance from 0 that every score is pushed to, in logits."""
+    bag_dropout: float = 0.5
+    """Share of a bag's windows hidden at each step, 0 to 1."""
+    negative_weight: float = 4.0
+    """Weight of the negatives' loss."""
+    holdout: float = 0.1
+    """Share of the negative rows kept aside for calibration, 0 to 1."""
+    max_negative_tokens: int = 500_000
+    """Negative text beyond this is left out, general text first."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all stages."""
+        return self.pointwise_steps + self.bag_steps + self.final_steps
+
+
+_POINTWISE_BATCH = 256
+_BAG_BATCH = 64
+_NEGATIVE_BATCH = 1024
+_RANDOM_BATCH = 128
+_HARD_POOL = 4096
+_MINE_EVERY = 50
+_BAG_STRIDE = 32
+_CALIBRATION_ROOM = 0.5
+_SCORE_CHUNK = 65_536
+
+
+class WindowScorer:
+    """Scores windows of token ids, projecting each distinct token once instead of each window."""
+
+    def __init__(self, head: EvidenceHead, embeddings: Tensor) -> None:
+        """`embeddings` (V, D) normalised; row 0 of the shifted ids is the zero vector."""
+        self.head = head
+        self.embeddings = embeddings
+
+    def __call__(self, windows: Tensor) -> Tensor:
+        """Shapes: shifted ids (W, G) -> (W,)."""
+        ngram, units = self.head.ngram, self.head.fc1.out_features
+        tokens, place = torch.unique(windows, return_inverse=True)
+        table_UD = self.embeddings[(tokens - 1).clamp_min(0)] * (tokens > 0).unsqueeze(1)
+        weight_DGH = self.head.fc1.weight.view(units, ngram, -1).permute(2, 1, 0)
+        projected_UGH = (table_UD @ weight_DGH.flatten(1)).view(len(tokens), ngram, units)
+        hidden_WH = self.head.fc1.bias
+        for position in range(ngram):
+            hidden_WH = hidden_WH + projected_UGH[:, position][place[:, position]]
+        return self.head.fc2(torch.relu(hidden_WH)).squeeze(-1)
+
+    @torch.no_grad()
+    def all(self, windows: Tensor) -> Tensor:
+        """The same for any number of windows, without gradients."""
+        return torch.cat([self(chunk) for chunk in windows.split(_SCORE_CHUNK)])
+
+
+def train_evidence(
+    embeddings: Tensor,
+    rows: Sequence[EncodedRow],
+    negatives: Sequence[Sequence[int]],
+    config: AlterConfig,
+    settings: EvidenceSettings,
+    *,
+    seed: int,
+    progress: Progress = lambda _: None,
+) -> tuple[EvidenceHead, dict[str, float]]:
+    """Trains one domain's head; returns it with its calibration figures.
+
+    `embeddings` (V, D) are normalised by the substrate; `negatives` are token ids, most important first.
+    Raises: TrainingError if the domain holds nothing that the negatives do not hold too.
+    """
+    training = _EvidenceTraining(embeddings, rows, negatives, config, settings, seed)
+    for step in range(settings.num_steps):
+        progress(training.step(step))
+    head = training.head.requires_grad_(False)
+    return head, training.calibration
+
+
+class _EvidenceTraining:
+    def __init__(
+        self,
+        embeddings: Tensor,
+        rows: Sequence[EncodedRow],
+        negatives: Sequence[Sequence[int]],
+        config: AlterConfig,
+        settings: EvidenceSettings,
+        seed: int,
+    ) -> None:
+        ngram = config.evidence_ngram
+        self.settings = settings
+        self.generator = torch.Generator().manual_seed(seed)
+        texts = _within(negatives, settings.max_negative_tokens)
+        self.negatives = NegativeWindows.of(texts, ngram)
+        self.domain = DomainWindows.of(rows, self.negatives, ngram)
+        if not (self.domain.weight > 0).any():
+            raise TrainingError(
+                "No text of the forget domain sets it apart from what is to be retained",
+                expected="words or names that only the domain holds",
+                got="none",
+                fix="Check that the retain and general files do not hold the same people or topics.",
+            )
+        self.windows = torch.from_numpy(self.domain.windows)
+        self.suffix_length = torch.from_numpy(self.domain.suffix_length)
+        self.traces = torch.from_numpy(np.flatnonzero(self.domain.weight > 0))
+        self.trace_weight = torch.from_numpy(self.domain.weight)[self.traces]
+        self.bags = _bags(self.domain, config.evidence_window)
+        self.held_out, kept = self._split(texts, ngram)
+        self.all_negatives = torch.from_numpy(self.negatives.windows)
+        self.pool = kept
+        self.hard = kept[:1]
+        self.vocabulary = len(embeddings)
+        self.calibration: dict[str, float] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.head = EvidenceHead(
+                embeddings.shape[1], ngram=ngram, num_units=config.evidence_units
+            )
+        self.scorer = WindowScorer(self.head, embeddings.cpu())
+        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=settings.learning_rate)
+
+    def step(self, step: int) -> float:
+        """One optimiser step; stages follow from its number."""
+        settings = self.settings
+        num_before = settings.pointwise_steps + settings.bag_steps
+        if step == num_before:
+            self._calibrate()
+            self.pool = self.all_negatives
+        if step % _MINE_EVERY == 0 or step == num_before:
+            scores = self.scorer.all(self.pool)
+            self.hard = self.pool[scores.topk(min(_HARD_POOL, len(scores))).indices]
+        if step < settings.pointwise_steps:
+            positive = self._pointwise_loss()
+        else:
+            sharpness = min(1.0, (step - settings.pointwise_steps) / max(settings.bag_steps, 1))
+            positive = self._bag_loss(sharpness)
+        negative = F.softplus(self.scorer(self._negative_batch()) + settings.margin).mean()
+        loss = positive + settings.negative_weight * negative
+        if not torch.isfinite(loss):
+            raise TrainingError("The evidence loss is not finite", expected="a number", got=str(loss.item()))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def _pointwise_loss(self) -> Tensor:
+        chosen = torch.multinomial(
+            self.trace_weight, _POINTWISE_BATCH, replacement=True, generator=self.generator
+        )
+        windows = self._vary(self.traces[chosen], share=0.5)
+        return F.softplus(self.settings.margin - self.scorer(windows)).mean()
+
+    def _bag_loss(self, sharpness: float) -> Tensor:
+        """Soft maximum over each bag: tau log sum exp(s / tau), tau from 1 to 0.2, at first as a mean."""
+        chosen = torch.randint(len(self.bags), (_BAG_BATCH,), generator=self.generator)
+        bags_NK = self.bags[chosen]
+        is_there = bags_NK >= 0
+        keep = is_there & (torch.rand(bags_NK.shape, generator=self.generator) >= self.settings.bag_dropout)
+        keep = torch.where(keep.any(dim=1, keepdim=True), keep, is_there)
+        scores = self.scorer(self._vary(bags_NK[keep], share=0.3))
+        scores_NK = torch.full(bags_NK.shape, NO_EVIDENCE).masked_scatter(keep, scores)
+        tau = 1.0 - 0.8 * sharpness
+        mean_share = max(0.0, 1.0 - 2 * sharpness)
+        pooled_N = tau * torch.logsumexp(scores_NK / tau, dim=1)
+        pooled_N = pooled_N - tau * mean_share * keep.sum(dim=1).log()
+        return F.softplus(self.settings.margin - pooled_N).mean()
+
+    def _vary(self, indices: Tensor, share: float) -> Tensor:
+        """Windows of the domain, in which tokens before the specific suffix are replaced at random."""
+        windows = self.windows[indices]
+        shape = windows.shape
+        drawn = torch.randint(len(self.all_negatives), shape, generator=self.generator)
+        others = self.all_negatives[:, -1][drawn]
+        is_free = torch.arange(shape[1]) < (shape[1] - self.suffix_length[indices]).unsqueeze(1)
+        is_chosen = torch.rand(len(windows), 1, generator=self.generator) < share
+        return torch.where(is_free & is_chosen, others, windows)
+
+    def _negative_batch(self) -> Tensor:
+        def some(pool: Tensor) -> Tensor:
+            return pool[torch.randint(len(pool), (_NEGATIVE_BATCH // 2,), generator=self.generator)]
+
+        # Tokens that no negative text holds must not fire either.
+        shape = (_RANDOM_BATCH, self.windows.shape[1])
+        noise = torch.randint(1, self.vocabulary + 1, shape, generator=self.generator)
+        return torch.cat([some(self.pool), some(self.hard), noise])
+
+    def _split(self, texts: Sequence[Sequence[int]], ngram: int) -> tuple[list[Tensor], Tensor]:
+        """(windows of each text kept aside, distinct windows of the others)."""
+        is_held = torch.rand(len(texts), generator=self.generator) < self.settings.holdout
+        held = [torch.from_numpy(windows_of(t, ngram)) for t, out in zip(texts, is_held, strict=True) if out]
+        rest = [t for t, out in zip(texts, is_held, strict=True) if not out]
+        kept = NegativeWindows.of(rest or texts, ngram).windows
+        return held, torch.from_numpy(kept)
+
+    def _calibrate(self) -> None:
+        """Moves the bias so that the highest score of any held-out text stays below 0.
+
+        By half of what the weakest prompts score at most: an odd held-out text may not cost the domain.
+        """
+        scores = self.scorer.all(self.windows)
+        prompts = [
+            scores[start : start + length].max().item()
+            for start, length in zip(self.domain.starts, self.domain.prompt_lengths, strict=True)
+        ]
+        alarms = [self.scorer.all(windows).max().item() for windows in self.held_out]
+        weakest = float(np.quantile(prompts, 0.05))
+        highest = max(alarms, default=0.0)
+        shift = max(0.0, min(highest + _CALIBRATION_ROOM, weakest / 2))
+        with torch.no_grad():
+            self.head.fc2.bias -= shift
+        self.calibration = {
+            "shift": round(shift, 3),
+            "held_out_texts": len(alarms),
+            "held_out_false_alarms": sum(alarm > shift for alarm in alarms),
+        }
+
+
+def _within(texts: Sequence[Sequence[int]], max_tokens: int) -> list[Sequence[int]]:
+    kept: list[Sequence[int]] = []
+    num_tokens = 0
+    for text in texts:
+        if num_tokens + len(text) > max_tokens and kept:
+            break
+        kept.append(text)
+        num_tokens += len(text)
+    return kept
+
+
+def _bags(domain: DomainWindows, window: int) -> Tensor:
+    """Indices of the windows in view where evidence is needed, -1 where a bag is shorter. Shapes: (N, K).
+
+    In view means the last `window` tokens at the first answer token, at every 32nd after it, and at the end.
+    Traces alone if there are any, else whatever no negative holds; a bag without either is left out.
+    """
+    bags = []
+    for start, length, prompt in zip(domain.starts, domain.lengths, domain.prompt_lengths, strict=True):
+        ends = {prompt - 1, *range(prompt - 1 + _BAG_STRIDE, length, _BAG_STRIDE), length - 1}
+        for end in sorted(ends):
+            view = np.arange(start + max(0, end - window + 1), start + end + 1)
+            traces = view[domain.weight[view] > 0]
+            bag = traces if len(traces) else view[domain.is_candidate[view]]
+            if len(bag):
+                bags.append(torch.from_numpy(bag))
+    return nn.utils.rnn.pad_sequence(bags, batch_first=True, padding_value=-1)
