@@ -146,7 +146,9 @@ class AttachedModel:
                 entropy = self._exact_entropy(ids, mask)[:, num_past:]
         self._pending = (logits, entropy)
 
-    def _with_history(self, input_ids: Tensor, mask: Tensor | None, num_past: int) -> tuple[Tensor, Tensor]:
+    def _with_history(
+        self, input_ids: Tensor, mask: Tensor | None, num_past: int
+    ) -> tuple[Tensor, Tensor]:
         new_mask = torch.ones_like(input_ids, dtype=torch.bool)
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -188,11 +190,15 @@ class AttachedModel:
             if entropy is None:
                 entropy = self.substrate.estimator(hidden_states)
             if config.router == "scalar":
-                weight = torch.tensor([e.scalar_weight for e in self.experts], device=entropy.device)
+                weight = torch.tensor(
+                    [e.scalar_weight for e in self.experts], device=entropy.device
+                )
                 logits = entropy.unsqueeze(-1) * weight
             is_high = entropy > config.entropy_threshold
             weights = expert_weights(logits, is_high, config)
-        self.routing = Routing(domain_logits=logits, entropy=entropy, is_high=is_high, weights=weights)
+        self.routing = Routing(
+            domain_logits=logits, entropy=entropy, is_high=is_high, weights=weights
+        )
 
     def site_delta(self, site: str, x: Tensor, start: int, stop: int) -> Tensor | None:
         """Delta for rows `start:stop` of a site's stacked output, or None where nothing applies.

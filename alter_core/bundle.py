@@ -103,12 +103,16 @@ class Manifest(_Frozen):
     @model_validator(mode="after")
     def _check_substrate_digest(self) -> Self:
         if (self.kind == "forget-expert") != (self.substrate_digest is not None):
-            raise ValueError("substrate_digest is for a forget-expert, which needs that of a written substrate")
+            raise ValueError(
+                "substrate_digest is for a forget-expert, which needs that of a written substrate"
+            )
         return self
 
     def canonical_json(self) -> bytes:
         """The bytes whose SHA-256 is the bundle's digest; also what `manifest.json` holds."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
+        ).encode()
 
     @property
     def digest(self) -> str:
@@ -189,20 +193,29 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
         raise BundleFormatError(
-            "The manifest is too large", expected=f"at most {MAX_MANIFEST_BYTES} bytes", got=f"{size} bytes"
+            "The manifest is too large",
+            expected=f"at most {MAX_MANIFEST_BYTES} bytes",
+            got=f"{size} bytes",
         )
     raw = _parse_object(path, path.read_bytes())
     version = raw.get("format_version")
     if version != FORMAT_VERSION:
         raise BundleFormatError(
-            f"{path} has another format", expected=f"format_version {FORMAT_VERSION}", got=repr(version)
+            f"{path} has another format",
+            expected=f"format_version {FORMAT_VERSION}",
+            got=repr(version),
         )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3]
+        )
         raise BundleFormatError(
-            f"{path} is not a valid manifest", expected="bundle format 1", got=problems, fix=_COPY_AGAIN
+            f"{path} is not a valid manifest",
+            expected="bundle format 1",
+            got=problems,
+            fix=_COPY_AGAIN,
         ) from error
     except ConfigError as error:
         raise BundleFormatError(
@@ -220,7 +233,9 @@ def read_bundle(folder: Path, kind: Literal["substrate", "forget-expert"]) -> Bu
         raise BundleFormatError(f"{folder} is of another kind", expected=kind, got=manifest.kind)
     contents = _read_verified(folder, manifest)
     if WEIGHTS not in contents:
-        raise BundleTamperedError(f"{folder} lists no {WEIGHTS}", expected=WEIGHTS, got="none", fix=_COPY_AGAIN)
+        raise BundleTamperedError(
+            f"{folder} lists no {WEIGHTS}", expected=WEIGHTS, got="none", fix=_COPY_AGAIN
+        )
     try:
         tensors = safetensors.torch.load(contents[WEIGHTS])
     except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
@@ -242,7 +257,10 @@ def _parse_object(path: Path, data: bytes) -> dict[str, Any]:
         parsed = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BundleFormatError(
-            f"{path} is not JSON", expected="bundle format 1", got="undecodable text", fix=_COPY_AGAIN
+            f"{path} is not JSON",
+            expected="bundle format 1",
+            got="undecodable text",
+            fix=_COPY_AGAIN,
         ) from error
     if not isinstance(parsed, dict):
         raise BundleFormatError(
@@ -263,17 +281,24 @@ def _read_verified(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     listed = set(manifest.files)
     if stray := present - listed - {MANIFEST, SIGNATURE}:
         raise BundleTamperedError(
-            f"{folder} holds files that its manifest does not list", expected=_names(listed), got=_names(stray)
+            f"{folder} holds files that its manifest does not list",
+            expected=_names(listed),
+            got=_names(stray),
         )
     if missing := listed - present:
         raise BundleTamperedError(
-            f"{folder} lacks files that its manifest lists", expected=_names(missing), got="none", fix=_COPY_AGAIN
+            f"{folder} lacks files that its manifest lists",
+            expected=_names(missing),
+            got="none",
+            fix=_COPY_AGAIN,
         )
     contents = {}
     for name, expected in manifest.files.items():
         path = folder / name
         if path.name != name or path.is_symlink() or not path.is_file():
-            raise BundleTamperedError(f"{name!r} is not a plain file of the bundle", expected="a plain file")
+            raise BundleTamperedError(
+                f"{name!r} is not a plain file of the bundle", expected="a plain file"
+            )
         data = path.read_bytes()
         if (actual := hashlib.sha256(data).hexdigest()) != expected:
             raise BundleTamperedError(
@@ -293,7 +318,11 @@ def _names(names: set[str]) -> str:
 def _check_tensors(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     actual = tensor_index(tensors)
     if actual != manifest.tensors:
-        names = {n for n in actual.keys() | manifest.tensors.keys() if actual.get(n) != manifest.tensors.get(n)}
+        names = {
+            n
+            for n in actual.keys() | manifest.tensors.keys()
+            if actual.get(n) != manifest.tensors.get(n)
+        }
         first = min(names)
         raise BundleTensorError(
             f"tensor {first!r} does not match the manifest",

@@ -64,11 +64,15 @@ class AlterConfig:
             "evidence_units",
         ):
             if not 0 < getattr(self, field) < math.inf:
-                raise ConfigError(f"{field} is out of range", expected="> 0", got=f"{getattr(self, field)}")
+                raise ConfigError(
+                    f"{field} is out of range", expected="> 0", got=f"{getattr(self, field)}"
+                )
         for field in ("retain_expert", "entropy_source", "router"):
             if getattr(self, field) not in (choices := get_args(get_type_hints(type(self))[field])):
                 raise ConfigError(
-                    f"{field} is unknown", expected=" or ".join(choices), got=str(getattr(self, field))
+                    f"{field} is unknown",
+                    expected=" or ".join(choices),
+                    got=str(getattr(self, field)),
                 )
         if self.tap_layer < 0:
             raise ConfigError("tap_layer is out of range", expected=">= 0", got=str(self.tap_layer))

@@ -1,26 +1,26 @@
 """Every error that ALTER raises on purpose.
 
-    AlterError
-    ├── ConfigError                  a setting is impossible or contradicts another
-    ├── UnsupportedModelError        the base model has no place to attach to
-    ├── UnsupportedEngineError       an engine option that would bypass the gate
-    ├── TrainingDataError            a training file is malformed, or its sets overlap
-    ├── TrainingError                training cannot go on (NaN loss, unusable checkpoint)
-    ├── BundleError
-    │   ├── BundleNotFoundError      nothing there, or not a bundle
-    │   ├── BundleFormatError        a manifest of another kind, format or shape
-    │   ├── BundleTamperedError      a file is missing, torn, changed or unlisted
-    │   ├── BundleTensorError        a tensor is missing, misshapen or not finite
-    │   ├── BaseModelMismatchError   made for another base model
-    │   └── SubstrateMismatchError   made for another substrate
-    ├── DomainError
-    │   ├── DomainNameError          not `[a-z0-9-]{1,63}`
-    │   ├── DomainNotFoundError      no such active domain
-    │   ├── DomainConflictError      the name, or the bundle, is taken
-    │   └── NoFreeSlotError          every slot holds an expert
-    └── EngineError
-        ├── CanaryError              a planted expert did not change the logits, or stayed
-        └── SwitchError              a switch failed; the message says what is active now
+AlterError
+├── ConfigError                  a setting is impossible or contradicts another
+├── UnsupportedModelError        the base model has no place to attach to
+├── UnsupportedEngineError       an engine option that would bypass the gate
+├── TrainingDataError            a training file is malformed, or its sets overlap
+├── TrainingError                training cannot go on (NaN loss, unusable checkpoint)
+├── BundleError
+│   ├── BundleNotFoundError      nothing there, or not a bundle
+│   ├── BundleFormatError        a manifest of another kind, format or shape
+│   ├── BundleTamperedError      a file is missing, torn, changed or unlisted
+│   ├── BundleTensorError        a tensor is missing, misshapen or not finite
+│   ├── BaseModelMismatchError   made for another base model
+│   └── SubstrateMismatchError   made for another substrate
+├── DomainError
+│   ├── DomainNameError          not `[a-z0-9-]{1,63}`
+│   ├── DomainNotFoundError      no such active domain
+│   ├── DomainConflictError      the name, or the bundle, is taken
+│   └── NoFreeSlotError          every slot holds an expert
+└── EngineError
+    ├── CanaryError              a planted expert did not change the logits, or stayed
+    └── SwitchError              a switch failed; the message says what is active now
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ class AlterError(Exception):
         got: str | None = None,
         fix: str | None = None,
     ) -> None:
+        super().__init__(what)
         self.what = what
         self.expected = expected
         self.got = got
         self.fix = fix
-        parts = [what.rstrip(".")]
-        if expected is not None:
-            parts.append(f"expected {expected}")
-        if got is not None:
-            parts.append(f"got {got}")
+
+    def __str__(self) -> str:
+        parts = [self.what.rstrip(".")]
+        if self.expected is not None:
+            parts.append(f"expected {self.expected}")
+        if self.got is not None:
+            parts.append(f"got {self.got}")
         message = "; ".join(parts) + "."
-        super().__init__(message if fix is None else f"{message} {fix}")
+        return message if self.fix is None else f"{message} {self.fix}"
 
 
 class ConfigError(AlterError):

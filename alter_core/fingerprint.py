@@ -115,6 +115,9 @@ def _sample(tensor_slice: Any) -> bytes:
         return header
     ends = [tensor_slice[0:1], tensor_slice[shape[0] - 1 : shape[0]]]
     if len(shape) == 1:
-        ends = [tensor_slice[:_SAMPLE_ELEMENTS], tensor_slice[max(0, shape[0] - _SAMPLE_ELEMENTS) :]]
+        ends = [
+            tensor_slice[:_SAMPLE_ELEMENTS],
+            tensor_slice[max(0, shape[0] - _SAMPLE_ELEMENTS) :],
+        ]
     values = [end.flatten()[:_SAMPLE_ELEMENTS].contiguous().view(torch.uint8) for end in ends]
     return header + b"".join(value.numpy().tobytes() for value in values)

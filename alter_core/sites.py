@@ -92,7 +92,9 @@ def site_linears(layer: nn.Module, kind: str) -> list[nn.Module]:
             return [linear for linear in linears if linear is not None]
     raise UnsupportedModelError(
         f"target module {kind!r} matches nothing in {type(layer).__name__}",
-        expected=" or ".join("+".join(f"{block_name}.{n}" for n in names) for names in alternatives),
+        expected=" or ".join(
+            "+".join(f"{block_name}.{n}" for n in names) for names in alternatives
+        ),
         got=", ".join(n for n, _ in layer.named_children()),
         fix="Leave that module out of target_modules, or use a supported architecture.",
     )

@@ -50,11 +50,19 @@ class Substrate:
 
     def normalise(self, embeddings: Tensor) -> Tensor:
         """Input embeddings as evidence heads read them. Shapes: (..., D) -> (..., D), float32."""
-        mean, std = self.embedding_mean.to(embeddings.device), self.embedding_std.to(embeddings.device)
+        mean, std = (
+            self.embedding_mean.to(embeddings.device),
+            self.embedding_std.to(embeddings.device),
+        )
         return (embeddings.float() - mean) / std
 
     def write(
-        self, folder: Path, *, name: str, training: Provenance, evaluation: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        *,
+        name: str,
+        training: Provenance,
+        evaluation: dict[str, Any] | None = None,
     ) -> Substrate:
         """Writes the substrate as a bundle; returns it with its digest."""
         tensors = {f"{site}.lora_a": t for site, t in self.lora_a.items()}
@@ -92,9 +100,12 @@ class Substrate:
         expected = {f"{s}.lora_a": (config.rank, i.in_features) for s, i in manifest.sites.items()}
         if config.retain_expert == "trained":
             expected |= {
-                f"{s}.retain.lora_b": (i.out_features, config.rank) for s, i in manifest.sites.items()
+                f"{s}.retain.lora_b": (i.out_features, config.rank)
+                for s, i in manifest.sites.items()
             }
-        expected |= {k: tuple(t.shape) for k, t in _module_tensors("entropy_estimator", estimator).items()}
+        expected |= {
+            k: tuple(t.shape) for k, t in _module_tensors("entropy_estimator", estimator).items()
+        }
         expected |= {"router.embedding_mean": (size,), "router.embedding_std": (size,)}
         _check_shapes(manifest, expected)
         _load_module("entropy_estimator", estimator, bundle.tensors)
@@ -178,9 +189,13 @@ class ForgetExpert:
                 fix="Train it with `alter train --substrate` on the substrate that is served.",
             )
         head = EvidenceHead(
-            substrate.base_model.hidden_size, ngram=config.evidence_ngram, num_units=config.evidence_units
+            substrate.base_model.hidden_size,
+            ngram=config.evidence_ngram,
+            num_units=config.evidence_units,
         )
-        expected = {f"{s}.lora_b": (i.out_features, config.rank) for s, i in substrate.sites.items()}
+        expected = {
+            f"{s}.lora_b": (i.out_features, config.rank) for s, i in substrate.sites.items()
+        }
         expected |= {k: tuple(t.shape) for k, t in _module_tensors("evidence", head).items()}
         expected |= {"router.scalar_weight": (1,)}
         _check_shapes(manifest, expected)

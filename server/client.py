@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import TracebackType
 from typing import TypeVar
-from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -19,6 +18,7 @@ from server.api.models import (
     Status,
 )
 from server.api.problems import MEDIA_TYPE, TYPE_PREFIX, problem_kind
+from server.domains import check_domain_name
 from server.engine.base import InFlight
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -157,7 +157,8 @@ def _foreign(response: httpx.Response) -> AlterError:
 
 
 def _path(name: str) -> str:
-    return f"/forget-domains/{quote(name, safe='')}"
+    check_domain_name(name)
+    return f"/forget-domains/{name}"
 
 
 def _conditions(if_epoch: int | None, idempotency_key: str | None) -> dict[str, str]:

@@ -26,5 +26,7 @@ def data_dir() -> Path:
     """The benchmark data, or skip: they are not part of the project."""
     folder = Path(os.environ.get(DATA_DIR_VARIABLE, Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"set {DATA_DIR_VARIABLE} to the folder with tofu/, text/ and models/ to run this test")
+        pytest.skip(
+            f"set {DATA_DIR_VARIABLE} to the folder with tofu/, text/ and models/ to run this test"
+        )
     return folder

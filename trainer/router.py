@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dataset import EncodedRow
-from .windows import DomainWindows, NegativeWindows, windows_of
+from .windows import DomainWindows, NegativeWindows, window_keys, windows_of
 
 Progress = Callable[[float], None]
 """Called after every step with its loss."""
@@ -66,6 +66,7 @@ _POINTWISE_BATCH = 256
 _BAG_BATCH = 64
 _NEGATIVE_BATCH = 1024
 _RANDOM_BATCH = 128
+_NEAR_BATCH = 256
 _HARD_POOL = 4096
 _MINE_EVERY = 50
 _BAG_STRIDE = 32
@@ -148,6 +149,10 @@ class _EvidenceTraining:
         self.suffix_length = torch.from_numpy(self.domain.suffix_length)
         self.traces = torch.from_numpy(np.flatnonzero(self.domain.weight > 0))
         self.trace_weight = torch.from_numpy(self.domain.weight)[self.traces]
+        self.telling_keys = {
+            count: window_keys(self.domain.windows[self.domain.suffix_length == count][:, -count:])
+            for count in range(1, ngram + 1)
+        }
         self.bags = _bags(self.domain, config.evidence_window)
         self.held_out, kept = self._split(texts, ngram)
         self.all_negatives = torch.from_numpy(self.negatives.windows)
@@ -226,7 +231,29 @@ class _EvidenceTraining:
         # Tokens that no negative text holds must not fire either.
         shape = (_RANDOM_BATCH, self.windows.shape[1])
         noise = torch.randint(1, self.vocabulary + 1, shape, generator=self.generator)
-        return torch.cat([some(self.pool), some(self.hard), noise])
+        return torch.cat([some(self.pool), some(self.hard), noise, self._near_misses()])
+
+    def _near_misses(self) -> Tensor:
+        """Traces with one or more of their telling tokens replaced: half a name is no evidence."""
+        draw = torch.multinomial(
+            self.trace_weight, 2 * _NEAR_BATCH, replacement=True, generator=self.generator
+        )
+        traces, others = self.traces[draw].chunk(2)
+        windows, ngram = self.windows[traces], self.windows.shape[1]
+        length = self.suffix_length[traces].unsqueeze(1)
+        is_telling = torch.arange(ngram) >= ngram - length
+        drawn = torch.randint(len(self.all_negatives), windows.shape, generator=self.generator)
+        tokens = torch.where(
+            torch.rand(len(windows), 1, generator=self.generator) < 0.5,
+            self.windows[others],
+            self.all_negatives[:, -1][drawn],
+        )
+        is_replaced = is_telling & (torch.rand(windows.shape, generator=self.generator) < 0.4)
+        windows = torch.where(is_replaced, tokens, windows)
+        is_known = np.zeros(len(windows), dtype=np.bool_)
+        for count, keys in self.telling_keys.items():
+            is_known |= np.isin(window_keys(windows[:, -count:].numpy()), keys)
+        return windows[torch.from_numpy(~is_known)]
 
     def _split(self, texts: Sequence[Sequence[int]], ngram: int) -> tuple[list[Tensor], Tensor]:
         """(windows of each text kept aside, distinct windows of the others)."""

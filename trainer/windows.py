@@ -54,12 +54,12 @@ class NegativeWindows:
         width = max(ngram, 2)
         every = np.concatenate([windows_of(ids, width) for ids in texts])
         tokens, token_counts = np.unique(every[:, -1], return_counts=True)
-        bigrams, bigram_counts = np.unique(_keys(every[:, -2:]), return_counts=True)
+        bigrams, bigram_counts = np.unique(window_keys(every[:, -2:]), return_counts=True)
         every = every[:, width - ngram :]
-        _, first = np.unique(_keys(every), return_index=True)
+        _, first = np.unique(window_keys(every), return_index=True)
         return cls(
             windows=every[np.sort(first)],
-            suffixes={n: np.unique(_keys(every[:, -n:])) for n in range(1, ngram + 1)},
+            suffixes={n: np.unique(window_keys(every[:, -n:])) for n in range(1, ngram + 1)},
             num_tokens=len(every),
             counts=dict(zip(tokens.tolist(), token_counts.tolist(), strict=True)),
             bigrams=bigrams,
@@ -67,21 +67,26 @@ class NegativeWindows:
         )
 
     def log_rarity(self, windows: Ids) -> NDArray[np.float64]:
-        """log10 of how often text like this would hold the window, by an interpolated bigram model.
+        """log10 of how often text like this would hold the last 1..G tokens of a window.
 
-        A window whose bigrams are all known (`York City ,`) is likely in text not yet seen, even if these
-        texts never hold it; one across a name is not. Shapes: (W, G) -> (W,).
+        By an interpolated bigram model: a window whose bigrams are all known (`York City ,`) is likely in text
+        not yet seen, even if these texts never hold it; one across a name is not.
+        Shapes: (W, G) -> (W, G), column n - 1 for the last n tokens.
         """
         counts = np.vectorize(lambda token: self.counts.get(int(token), 0), otypes=[np.int64])(windows)
         share = (counts + 0.5) / (self.num_tokens + 1)
-        log_p = np.log10(share[:, 0])
-        for place in range(1, windows.shape[1]):
-            keys = _keys(windows[:, place - 1 : place + 1])
-            found = np.searchsorted(self.bigrams, keys).clip(0, len(self.bigrams) - 1)
-            pair_counts = np.where(self.bigrams[found] == keys, self.bigram_counts[found], 0)
-            likely = (pair_counts + _BACKOFF * share[:, place]) / (counts[:, place - 1] + _BACKOFF)
-            log_p += np.log10(likely)
-        return log_p
+        ngram = windows.shape[1]
+        rarity = np.empty(windows.shape)
+        chain = np.zeros(len(windows))
+        for place in range(ngram - 1, -1, -1):
+            rarity[:, ngram - 1 - place] = np.log10(share[:, place]) + chain
+            if place:
+                keys = window_keys(windows[:, place - 1 : place + 1])
+                found = np.searchsorted(self.bigrams, keys).clip(0, len(self.bigrams) - 1)
+                pair_counts = np.where(self.bigrams[found] == keys, self.bigram_counts[found], 0)
+                likely = (pair_counts + _BACKOFF * share[:, place]) / (counts[:, place - 1] + _BACKOFF)
+                chain += np.log10(likely)
+        return rarity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,8 @@ class DomainWindows:
     """Every window of a forget domain's rows, row after row.
 
     `starts[i]` is where row i begins; `lengths[i]`, `prompt_lengths[i]` count its windows.
-    `suffix_length[w]` is the shortest end of window w that no negative holds, G + 1 if they hold all of it.
+    `suffix_length[w]` is the shortest end of window w that no negative holds, nor is likely to: the tokens
+    before it say nothing. G if only the whole window will do, G + 1 if the negatives hold all of it.
     `weight[w]` > 0 marks a trace: a window that pointwise training pushes up.
     """
 
@@ -119,7 +125,7 @@ class DomainWindows:
         )
         suffix_length, num_rows, is_asked = _specificity(windows, owner, is_prompt, negatives)
         is_candidate = suffix_length <= ngram
-        rarity = negatives.log_rarity(windows)
+        rarity = negatives.log_rarity(windows)[:, -1]
         is_trace = is_candidate & is_asked & (num_rows >= _MIN_ROWS) & (rarity < MAX_LOG_RARITY)
         weight = np.where(is_trace, np.minimum(num_rows, 10) / 10, 0.0)
         for row in range(len(rows)):
@@ -145,9 +151,12 @@ def _specificity(
     suffix_length = np.full(len(windows), ngram + 1)
     num_rows = np.zeros(len(windows), dtype=np.int64)
     is_asked = np.zeros(len(windows), dtype=np.bool_)
+    is_rare = negatives.log_rarity(windows) < MAX_LOG_RARITY
     for length in range(ngram, 0, -1):
-        keys = _keys(windows[:, -length:])
+        keys = window_keys(windows[:, -length:])
         is_new = ~np.isin(keys, negatives.suffixes[length])
+        if length < ngram:
+            is_new &= is_rare[:, length - 1]
         _, place = np.unique(keys, return_inverse=True)
         pairs = np.unique(np.stack([place, owner], axis=1), axis=0)
         suffix_length[is_new] = length
@@ -156,7 +165,7 @@ def _specificity(
     return suffix_length, num_rows, is_asked
 
 
-def _keys(windows: Ids) -> NDArray[np.uint64]:
+def window_keys(windows: Ids) -> NDArray[np.uint64]:
     """A 64-bit hash of each window; the same ids give the same key. Shapes: (W, G) -> (W,)."""
     key = np.zeros(len(windows), dtype=np.uint64)
     for place in range(windows.shape[1]):

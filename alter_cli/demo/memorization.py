@@ -35,7 +35,7 @@ class Schedule:
     warmup_steps: int = 50
     batch_rows: int = 16
     """Sequences per step."""
-    max_epochs: int = 40
+    max_epochs: int = 24
     """The cosine reaches 5 % of the peak after this many epochs."""
     stop_loss: float = 0.006
     """Nats per answer token, mean over an epoch, below which training ends."""

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.routing import Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .auth import BearerAuth
 from .idempotency import IdempotencyStore
@@ -28,9 +29,8 @@ def attach(app: FastAPI) -> AlterRuntime:
     runtime = AlterRuntime()
     app.state.alter = runtime
     admin = admin_app(runtime)
-    app.router.routes.append(
-        Mount(ADMIN, app=admin, middleware=[Middleware(BearerAuth, runtime=runtime)])
-    )
+    guards = [Middleware(_WholePath), Middleware(BearerAuth, runtime=runtime)]
+    app.router.routes.append(Mount(ADMIN, app=admin, middleware=guards))
     app.add_middleware(EpochMiddleware, runtime=runtime)
     _join_openapi(app, admin)
     return runtime
@@ -46,6 +46,22 @@ def admin_app(runtime: AlterRuntime) -> FastAPI:
     admin.include_router(router)
     add_problem_handlers(admin)
     return admin
+
+
+class _WholePath:
+    """Puts the root path back in front of the path where a proxy has taken it off.
+
+    `--root-path` is for such proxies; below a mount, Starlette's router finds nothing without it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, root = scope["path"], scope.get("app_root_path", "")
+        if not path.startswith(scope.get("root_path", "") + "/"):
+            scope = {**scope, "path": root.rstrip("/") + path}
+        await self._app(scope, receive, send)
 
 
 def _join_openapi(app: FastAPI, admin: FastAPI) -> None:

@@ -29,15 +29,15 @@ def precondition(if_match: str | None, if_none_match: str | None) -> Preconditio
     """
     if if_match is None and if_none_match is None:
         return None
-    wanted = None if if_match is None else _parse("If-Match", if_match)
-    unwanted = None if if_none_match is None else _parse("If-None-Match", if_none_match)
+    wanted = _parse("If-Match", "*" if if_match is None else if_match)
+    unwanted = _parse("If-None-Match", "*" if if_none_match is None else if_none_match)
 
     def check(epoch: int, is_active: bool) -> None:
         # If-Match compares strongly: a weak tag never matches.
-        if wanted is not None and not _matches(wanted, epoch, is_active, is_strong=True):
-            raise _failed("If-Match", str(if_match), epoch, is_active)
-        if unwanted is not None and _matches(unwanted, epoch, is_active, is_strong=False):
-            raise _failed("If-None-Match", str(if_none_match), epoch, is_active)
+        if if_match is not None and not _matches(wanted, epoch, is_active, is_strong=True):
+            raise _failed("If-Match", if_match, epoch, is_active)
+        if if_none_match is not None and _matches(unwanted, epoch, is_active, is_strong=False):
+            raise _failed("If-None-Match", if_none_match, epoch, is_active)
 
     return check
 

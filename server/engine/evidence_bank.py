@@ -78,7 +78,9 @@ class EvidenceBank:
             self._b2 = torch.cat([h.fc2.bias.data for h in heads]).to(self._device)
         self._rows: dict[str, int] = {}
         self._ends = np.zeros(0, dtype=np.int64)
-        self._recent = torch.empty(0, self._config.evidence_window - 1, len(heads), device=self._device)
+        self._recent = torch.empty(
+            0, self._config.evidence_window - 1, len(heads), device=self._device
+        )
 
     def step_logits(self, step: StepTokens) -> Tensor:
         """Router logit of every new token and active domain; updates the memo.
@@ -94,7 +96,10 @@ class EvidenceBank:
         new = self._score(step.token_ids, rows, np.concatenate(positions))
         if int(step.counts.max()) == 1:
             logits = torch.maximum(recent.amax(dim=1), new) if recent.shape[1] else new
-            self._remember(step, torch.cat([recent[:, 1:], new.unsqueeze(1)], dim=1) if recent.shape[1] else recent)
+            self._remember(
+                step,
+                torch.cat([recent[:, 1:], new.unsqueeze(1)], dim=1) if recent.shape[1] else recent,
+            )
             return logits
         width, logits, memo = recent.shape[1], [], []
         for history, fresh in zip(recent, new.split(step.counts.tolist()), strict=True):

@@ -19,6 +19,7 @@ from .evidence_bank import EvidenceBank, StepTokens
 _CANARY_LOGIT = 1e3
 """Beats every evidence head, so that a planted canary takes every token."""
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouteRecord:
     """How one step was routed. Shapes: `weights` (T, E), `entropy` (T,); tokens in batch order."""
@@ -36,7 +37,13 @@ class Gate:
     """Computes which experts apply to each token of a step. State lives in preallocated buffers."""
 
     def __init__(
-        self, substrate: Substrate, bank: EvidenceBank, *, num_experts: int, max_tokens: int, device: torch.device
+        self,
+        substrate: Substrate,
+        bank: EvidenceBank,
+        *,
+        num_experts: int,
+        max_tokens: int,
+        device: torch.device,
     ) -> None:
         self.config = substrate.config
         self.scaling = substrate.config.scaling
@@ -65,7 +72,9 @@ class Gate:
         if self.is_canary_planted:
             self._logits[:num_tokens, -1] = _CANARY_LOGIT
         elif len(self.bank.experts):
-            self._logits[:num_tokens].index_copy_(1, self.bank.experts - 1, self.bank.step_logits(step))
+            self._logits[:num_tokens].index_copy_(
+                1, self.bank.experts - 1, self.bank.step_logits(step)
+            )
 
     def route(self, hidden_states: Tensor) -> Tensor:
         """Expert weights from the residual stream at the tap layer, Eq. 7 and 9; counts tokens.

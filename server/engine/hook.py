@@ -80,8 +80,12 @@ def install(
         linear.requires_unquantized_input = True  # type: ignore[assignment]
     if substrate.retain_lora_b:
         slots.write(0, slots.shard_expert(substrate.retain_lora_b))
-    bank = EvidenceBank(substrate.config, _normalised_embedding(model, substrate), device, max_requests)
-    gate = Gate(substrate, bank, num_experts=slots.num_experts, max_tokens=max_tokens, device=device)
+    bank = EvidenceBank(
+        substrate.config, _normalised_embedding(model, substrate), device, max_requests
+    )
+    gate = Gate(
+        substrate, bank, num_experts=slots.num_experts, max_tokens=max_tokens, device=device
+    )
     ops.bind(gate, slots.sites)
     _wrap_tap_layer(decoder_layers(model)[substrate.config.tap_layer], weights)
     return gate, slots
@@ -108,7 +112,14 @@ def _normalised_embedding(model: nn.Module, substrate: Substrate) -> Any:
 def _wrap_tap_layer(layer: nn.Module, weights: TracedWeights) -> None:
     forward = layer.forward
 
-    def routed_forward(self: nn.Module, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    def routed_forward(
+        self: nn.Module,
+        positions: Tensor,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         weights.value = torch.ops.alter.route(hidden_states, residual)
         return forward(positions, hidden_states, residual, *args, **kwargs)
 

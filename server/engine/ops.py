@@ -72,5 +72,9 @@ def _add_dense(y: Tensor, x: Tensor, weights: Tensor, site: SiteSlots, scaling: 
 
 direct_register_custom_op("route", _route, fake_impl=_route_fake, target_lib=_LIBRARY)
 direct_register_custom_op(
-    "expert_delta", _expert_delta, mutates_args=["y"], fake_impl=_expert_delta_fake, target_lib=_LIBRARY
+    "expert_delta",
+    _expert_delta,
+    mutates_args=["y"],
+    fake_impl=_expert_delta_fake,
+    target_lib=_LIBRARY,
 )

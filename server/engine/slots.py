@@ -40,9 +40,21 @@ def shard_lora_b(linear: nn.Module, lora_b_OR: Tensor) -> Tensor:
     if isinstance(linear, QKVParallelLinear):
         kv_rank = linear.tp_rank // linear.num_kv_head_replicas
         segments = [
-            (linear.total_num_heads * linear.head_size, linear.num_heads * linear.head_size, linear.tp_rank),
-            (linear.total_num_kv_heads * linear.head_size, linear.num_kv_heads * linear.head_size, kv_rank),
-            (linear.total_num_kv_heads * linear.v_head_size, linear.num_kv_heads * linear.v_head_size, kv_rank),
+            (
+                linear.total_num_heads * linear.head_size,
+                linear.num_heads * linear.head_size,
+                linear.tp_rank,
+            ),
+            (
+                linear.total_num_kv_heads * linear.head_size,
+                linear.num_kv_heads * linear.head_size,
+                kv_rank,
+            ),
+            (
+                linear.total_num_kv_heads * linear.v_head_size,
+                linear.num_kv_heads * linear.v_head_size,
+                kv_rank,
+            ),
         ]
     elif isinstance(linear, MergedColumnParallelLinear | ColumnParallelLinear):
         sizes = getattr(linear, "output_sizes", None) or [linear.output_size]
@@ -79,13 +91,21 @@ class ExpertSlots:
         self.canary = max_domains + 1
         self.sites: dict[str, SiteSlots] = {}
 
-    def add_site(self, name: str, linear: nn.Module, lora_a: Tensor, device: torch.device, dtype: torch.dtype) -> SiteSlots:
+    def add_site(
+        self, name: str, linear: nn.Module, lora_a: Tensor, device: torch.device, dtype: torch.dtype
+    ) -> SiteSlots:
         """Allocates one site. `lora_a` is the whole A; the shard is taken here."""
         shard = shard_lora_a(linear, lora_a).to(device=device, dtype=dtype).contiguous()
-        out_features = linear.output_size_per_partition if hasattr(linear, "output_size_per_partition") else None
+        out_features = (
+            linear.output_size_per_partition
+            if hasattr(linear, "output_size_per_partition")
+            else None
+        )
         if out_features is None or isinstance(linear, RowParallelLinear):
             out_features = linear.output_size
-        lora_b = torch.zeros(self.num_experts, shard.shape[0], out_features, device=device, dtype=dtype)
+        lora_b = torch.zeros(
+            self.num_experts, shard.shape[0], out_features, device=device, dtype=dtype
+        )
         site = SiteSlots(name=name, linear=linear, lora_a=shard, lora_b=lora_b)
         self.sites[name] = site
         return site
@@ -98,7 +118,9 @@ class ExpertSlots:
             b_RO = shard_lora_b(site.linear, lora_b[name]).T.contiguous().to(target.dtype)
             if b_RO.shape != target.shape:
                 raise EngineError(
-                    f"B of {name!r} does not fit this rank", expected=str(tuple(target.shape)), got=str(tuple(b_RO.shape))
+                    f"B of {name!r} does not fit this rank",
+                    expected=str(tuple(target.shape)),
+                    got=str(tuple(b_RO.shape)),
                 )
             sharded[name] = b_RO
         return sharded

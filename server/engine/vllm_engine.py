@@ -68,7 +68,9 @@ class VllmForgetEngine:
             await self._roll_back(error)
         await self._rpc("alter_confirm")
         await self._client.resume_generation()
-        return SwitchReport(epoch=epoch, stage_s=staged - started, pause_s=time.monotonic() - staged)
+        return SwitchReport(
+            epoch=epoch, stage_s=staged - started, pause_s=time.monotonic() - staged
+        )
 
     async def _stage(self, bundle: Path, digest: str | None) -> None:
         try:

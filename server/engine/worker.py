@@ -90,7 +90,9 @@ class AlterWorkerMixin:
         expert = ForgetExpert.read(Path(bundle), self._substrate)
         if expert.digest != digest:
             raise EngineError(
-                "The bundle changed between verification and staging", expected=digest, got=str(expert.digest)
+                "The bundle changed between verification and staging",
+                expected=digest,
+                got=str(expert.digest),
             )
         occupant = _Occupant(
             digest=digest, lora_b=self._slots.shard_expert(expert.lora_b), head=expert.evidence
@@ -100,7 +102,9 @@ class AlterWorkerMixin:
     def alter_commit(self, epoch: int, slot: int, digest: str | None) -> None:
         """Puts the staged expert into a slot, or empties it (None), and begins an epoch."""
         if digest is not None and digest not in self._staged:
-            raise EngineError("No such expert is staged", expected=digest, got=str(list(self._staged)))
+            raise EngineError(
+                "No such expert is staged", expected=digest, got=str(list(self._staged))
+            )
         self._undo = (self._epoch, slot, self._occupants[slot])
         self._occupy(slot, _EMPTY if digest is None else self._staged[digest])
         self._gate.reset_counts(slot + 1)

@@ -95,7 +95,9 @@ class EngineRun:
         """Empties a slot."""
         return self._switch(slot, None, None)
 
-    def _switch(self, slot: int, bundle: Path | None, digest: str | None, **options: Any) -> SwitchReport:
+    def _switch(
+        self, slot: int, bundle: Path | None, digest: str | None, **options: Any
+    ) -> SwitchReport:
         self.epoch += 1
         return self.run(
             self.engine.switch(epoch=self.epoch, slot=slot, bundle=bundle, digest=digest, **options)
@@ -113,7 +115,15 @@ class EngineRun:
         from vllm import SamplingParams, TokensPrompt
 
         sampling = SamplingParams(
-            **({"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True, "detokenize": False} | params)
+            **(
+                {
+                    "temperature": 0.0,
+                    "max_tokens": num_tokens,
+                    "ignore_eos": True,
+                    "detokenize": False,
+                }
+                | params
+            )
         )
         prompt_input = TokensPrompt(prompt_token_ids=prompt)
         async for output in self.client.generate(prompt_input, sampling, f"test-{next(self._ids)}"):
@@ -136,7 +146,10 @@ class EngineRun:
     def prompt_logprobs(self, tokens: list[int]) -> list[float]:
         """Log-probability of every token but the first, teacher-forced."""
         output = self.run(self._finish(tokens, 1, prompt_logprobs=0))
-        return [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+        return [
+            entry[token].logprob
+            for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
+        ]
 
     def routes(self, prompts: list[list[int]]) -> list[list[Route]]:
         """Routes of every computed token of each prompt."""

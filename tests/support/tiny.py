@@ -17,7 +17,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from alter_core import AlterConfig, BaseModelInfo, EntropyEstimator, EvidenceHead, ForgetExpert, Provenance, Substrate
+from alter_core import (
+    AlterConfig,
+    BaseModelInfo,
+    EntropyEstimator,
+    EvidenceHead,
+    ForgetExpert,
+    Provenance,
+    Substrate,
+)
 from alter_core.attach import measure_sites
 
 VOCAB_SIZE = 512
@@ -55,7 +63,9 @@ class TinyBundles:
     experts: dict[str, Path]
 
 
-def save_model(folder: Path, architecture: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
+def save_model(
+    folder: Path, architecture: str = "llama", *, seed: int = 0, **overrides: Any
+) -> Path:
     """Saves a random bf16 model of an architecture in transformers layout."""
     extra = {"head_dim": 32} if architecture in ("qwen3", "mistral") else {}
     if architecture == "mistral":
@@ -90,7 +100,10 @@ def random_substrate(model_folder: Path, config: AlterConfig, *, seed: int = 1) 
         base_model=info,
         config=config,
         sites=sites,
-        lora_a={s: normal(config.rank, i.in_features, scale=i.in_features**-0.5) for s, i in sites.items()},
+        lora_a={
+            s: normal(config.rank, i.in_features, scale=i.in_features**-0.5)
+            for s, i in sites.items()
+        },
         retain_lora_b={
             s: normal(i.out_features, config.rank, scale=0.05)
             for s, i in sites.items()
@@ -102,13 +115,17 @@ def random_substrate(model_folder: Path, config: AlterConfig, *, seed: int = 1) 
     )
 
 
-def random_expert(substrate: Substrate, name: str, *, seed: int, trigger_rate: float = 0.05) -> ForgetExpert:
+def random_expert(
+    substrate: Substrate, name: str, *, seed: int, trigger_rate: float = 0.05
+) -> ForgetExpert:
     """An expert with random B, whose head fires on about `trigger_rate` of random n-grams."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     config = substrate.config
     head = EvidenceHead(
-        substrate.base_model.hidden_size, ngram=config.evidence_ngram, num_units=config.evidence_units
+        substrate.base_model.hidden_size,
+        ngram=config.evidence_ngram,
+        num_units=config.evidence_units,
     )
     with torch.no_grad():
         features = torch.randn(2000, head.fc1.in_features, generator=generator)
@@ -120,7 +137,9 @@ def random_expert(substrate: Substrate, name: str, *, seed: int, trigger_rate: f
     return ForgetExpert(
         name=name,
         lora_b={
-            s: (torch.randn(i.out_features, config.rank, generator=generator) * 0.1).to(torch.bfloat16)
+            s: (torch.randn(i.out_features, config.rank, generator=generator) * 0.1).to(
+                torch.bfloat16
+            )
             for s, i in substrate.sites.items()
         },
         evidence=head.requires_grad_(False),
@@ -137,12 +156,16 @@ def make_bundles(
 ) -> TinyBundles:
     """A saved model, substrate and experts named `domain-0`, `domain-1`, ..."""
     model = save_model(folder / "model", architecture, **model_overrides)
-    substrate = random_substrate(model, config or AlterConfig(tap_layer=1, rank=8, evidence_window=16))
+    substrate = random_substrate(
+        model, config or AlterConfig(tap_layer=1, rank=8, evidence_window=16)
+    )
     substrate = substrate.write(folder / "substrate", name="tiny", training=PROVENANCE)
     experts = {}
     for index in range(num_experts):
         name = f"domain-{index}"
         expert = random_expert(substrate, name, seed=10 + index)
-        expert.write(folder / name, substrate, training=PROVENANCE, evaluation={"forget_probability": 0.01})
+        expert.write(
+            folder / name, substrate, training=PROVENANCE, evaluation={"forget_probability": 0.01}
+        )
         experts[name] = folder / name
     return TinyBundles(model=model, substrate=folder / "substrate", experts=experts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +24,12 @@ def bundles_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny
 
     def build(architecture: str) -> TinyBundles:
         if architecture not in made:
-            config = AlterConfig(tap_layer=1, rank=8, evidence_window=16, retain_expert=_retain(architecture))
-            made[architecture] = make_bundles(tmp_path_factory.mktemp(architecture), architecture, config=config)
+            config = AlterConfig(
+                tap_layer=1, rank=8, evidence_window=16, retain_expert=_retain(architecture)
+            )
+            made[architecture] = make_bundles(
+                tmp_path_factory.mktemp(architecture), architecture, config=config
+            )
         return made[architecture]
 
     return build
@@ -54,13 +57,19 @@ def test_architecture_routes_answers_and_revokes_as_the_reference(
         assert [engine.prompt_logprobs(prompt) for prompt in PROMPTS] == base
 
 
-def _assert_equals_reference(engine: EngineRun, bundles: TinyBundles, base: list[list[float]]) -> None:
+def _assert_equals_reference(
+    engine: EngineRun, bundles: TinyBundles, base: list[list[float]]
+) -> None:
     nobody = Reference(bundles, [])
-    noise = torch.cat([torch.tensor(b) - nobody.logprobs(p) for b, p in zip(base, PROMPTS, strict=True)])
+    noise = torch.cat(
+        [torch.tensor(b) - nobody.logprobs(p) for b, p in zip(base, PROMPTS, strict=True)]
+    )
     nobody.attached.detach()
     reference = Reference(bundles, DOMAINS)
     active = [torch.tensor(engine.prompt_logprobs(prompt)) for prompt in PROMPTS]
-    difference = torch.cat([a - reference.logprobs(p) for a, p in zip(active, PROMPTS, strict=True)])
+    difference = torch.cat(
+        [a - reference.logprobs(p) for a, p in zip(active, PROMPTS, strict=True)]
+    )
     effect = torch.cat([a - torch.tensor(b) for a, b in zip(active, base, strict=True)])
     assert difference.abs().mean() < 1.5 * noise.abs().mean() + 1e-3
     assert effect.abs().mean() > 5 * difference.abs().mean()
@@ -78,7 +87,9 @@ def test_two_tensor_parallel_ranks_route_and_answer_as_one(
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     bundles = bundles_of("llama")
-    with contextlib.contextmanager(running)(bundles, tensor_parallel_size=2, enforce_eager=True) as engine:
+    with contextlib.contextmanager(running)(
+        bundles, tensor_parallel_size=2, enforce_eager=True
+    ) as engine:
         report = engine.run(engine.engine.run_canary())
         assert report.num_sites == len(engine.substrate.sites)
         base = [engine.prompt_logprobs(prompt) for prompt in PROMPTS]
@@ -87,5 +98,3 @@ def test_two_tensor_parallel_ranks_route_and_answer_as_one(
         _assert_equals_reference(engine, bundles, base)
         engine.revoke_all()
         assert [engine.prompt_logprobs(prompt) for prompt in PROMPTS] == base
-
-

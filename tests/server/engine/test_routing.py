@@ -28,7 +28,9 @@ def active_engine(engine: EngineRun) -> EngineRun:
     return engine
 
 
-def _assert_routes_equal_reference(engine: EngineRun, reference: Reference, prompts: list[list[int]]) -> None:
+def _assert_routes_equal_reference(
+    engine: EngineRun, reference: Reference, prompts: list[list[int]]
+) -> None:
     routed = set()
     for prompt, routes in zip(prompts, engine.routes(prompts), strict=True):
         expected = reference.experts(prompt)
@@ -39,17 +41,23 @@ def _assert_routes_equal_reference(engine: EngineRun, reference: Reference, prom
     assert routed >= {-1, 1, 2, 3}, "the prompts do not reach every expert"
 
 
-def test_routes_equal_reference_in_one_chunk(active_engine: EngineRun, reference: Reference) -> None:
+def test_routes_equal_reference_in_one_chunk(
+    active_engine: EngineRun, reference: Reference
+) -> None:
     prompts = random_prompts(1, MAX_BATCHED_TOKENS - 14) + random_prompts(3, 10, seed=1)
     _assert_routes_equal_reference(active_engine, reference, prompts)
 
 
-def test_routes_equal_reference_under_chunked_prefill(active_engine: EngineRun, reference: Reference) -> None:
+def test_routes_equal_reference_under_chunked_prefill(
+    active_engine: EngineRun, reference: Reference
+) -> None:
     prompts = random_prompts(5, 3 * MAX_BATCHED_TOKENS, seed=2)
     _assert_routes_equal_reference(active_engine, reference, prompts)
 
 
-def test_routes_equal_reference_after_prefix_cache_hits(active_engine: EngineRun, reference: Reference) -> None:
+def test_routes_equal_reference_after_prefix_cache_hits(
+    active_engine: EngineRun, reference: Reference
+) -> None:
     shared = random_prompts(1, 290, seed=3)[0]
     prompts = [shared + tail for tail in random_prompts(3, 20, seed=4)]
     active_engine.generate([shared], 1)
@@ -57,19 +65,27 @@ def test_routes_equal_reference_after_prefix_cache_hits(active_engine: EngineRun
     expected = [reference.experts(prompt) for prompt in prompts]
     for prompt, actual, wanted in zip(prompts, routes, expected, strict=True):
         assert len(actual) < len(prompt), "the prefix cache was not hit"
-        assert {r.position: r.expert for r in actual} == {r.position: wanted[r.position] for r in actual}
+        assert {r.position: r.expert for r in actual} == {
+            r.position: wanted[r.position] for r in actual
+        }
 
 
-def test_routes_of_generated_tokens_equal_reference(active_engine: EngineRun, reference: Reference) -> None:
+def test_routes_of_generated_tokens_equal_reference(
+    active_engine: EngineRun, reference: Reference
+) -> None:
     prompts = random_prompts(8, 25, seed=5)
     routes, completions = active_engine.routes_and_completions(prompts, 40)
     for prompt, completion, actual in zip(prompts, completions, routes, strict=True):
         expected = reference.experts(prompt + completion)
-        assert {r.position: r.expert for r in actual} == {r.position: expected[r.position] for r in actual}
+        assert {r.position: r.expert for r in actual} == {
+            r.position: expected[r.position] for r in actual
+        }
         assert len(actual) == len(prompt) + 39
 
 
-def test_logprobs_equal_reference_within_bf16_noise(engine: EngineRun, reference: Reference) -> None:
+def test_logprobs_equal_reference_within_bf16_noise(
+    engine: EngineRun, reference: Reference
+) -> None:
     prompts = random_prompts(6, 60, seed=6)
     with reference.attached.disabled():
         noise = _mean_difference(engine, reference, prompts)
@@ -83,7 +99,8 @@ def test_logprobs_equal_reference_within_bf16_noise(engine: EngineRun, reference
 
 def _mean_difference(engine: EngineRun, reference: Reference, prompts: list[list[int]]) -> float:
     differences = [
-        torch.tensor(engine.prompt_logprobs(prompt)) - reference.logprobs(prompt) for prompt in prompts
+        torch.tensor(engine.prompt_logprobs(prompt)) - reference.logprobs(prompt)
+        for prompt in prompts
     ]
     return float(torch.cat(differences).abs().mean())
 
@@ -92,11 +109,17 @@ def _mean_difference(engine: EngineRun, reference: Reference, prompts: list[list
 def cramped_engine(bundles: TinyBundles) -> Iterator[EngineRun]:
     """An engine with too few cache blocks for its requests."""
     yield from running(
-        bundles, enforce_eager=True, num_gpu_blocks_override=9, max_num_batched_tokens=512, disable_log_stats=False
+        bundles,
+        enforce_eager=True,
+        num_gpu_blocks_override=9,
+        max_num_batched_tokens=512,
+        disable_log_stats=False,
     )
 
 
-def test_routes_equal_reference_after_preemption(cramped_engine: EngineRun, reference: Reference) -> None:
+def test_routes_equal_reference_after_preemption(
+    cramped_engine: EngineRun, reference: Reference
+) -> None:
     engine = cramped_engine
     for slot, name in enumerate(DOMAINS):
         engine.activate(slot, name)
@@ -106,5 +129,7 @@ def test_routes_equal_reference_after_preemption(cramped_engine: EngineRun, refe
     assert engine.preemptions() > before, "nothing was preempted"
     for prompt, completion, actual in zip(prompts, completions, routes, strict=True):
         expected = reference.experts(prompt + completion)
-        assert {r.position: r.expert for r in actual} == {r.position: expected[r.position] for r in actual}
+        assert {r.position: r.expert for r in actual} == {
+            r.position: expected[r.position] for r in actual
+        }
         assert len(actual) == len(prompt) + 119

@@ -39,7 +39,9 @@ def test_revoked_domain_restores_base_logprobs_bitwise(engine: EngineRun) -> Non
     assert [engine.prompt_logprobs(prompt) for prompt in PROMPTS] == before
 
 
-def test_slot_does_not_matter_and_replacing_an_expert_leaves_nothing_of_the_old_one(engine: EngineRun) -> None:
+def test_slot_does_not_matter_and_replacing_an_expert_leaves_nothing_of_the_old_one(
+    engine: EngineRun,
+) -> None:
     engine.activate(1, "domain-1")
     alone = [engine.prompt_logprobs(prompt) for prompt in PROMPTS]
     engine.revoke(1)
@@ -61,7 +63,9 @@ def test_every_token_after_a_switch_equals_a_fresh_run(engine: EngineRun, at: in
                 engine.epoch += 1
                 digest = (await _expert(engine, "domain-0"))[1]
                 folder = engine.bundles.experts["domain-0"]
-                switch = engine.engine.switch(epoch=engine.epoch, slot=0, bundle=folder, digest=digest)
+                switch = engine.engine.switch(
+                    epoch=engine.epoch, slot=0, bundle=folder, digest=digest
+                )
                 collected = asyncio.ensure_future(switch)
                 while not collected.done():
                     await asyncio.sleep(0)
@@ -87,7 +91,10 @@ async def _expert(engine: EngineRun, name: str) -> tuple[Path, str]:
 
 
 def _continues(engine: EngineRun, prompt: list[int], tokens: list[int], start: int) -> bool:
-    return start % 5 == 0 and engine.generate([prompt + tokens[:start]], len(tokens) - start)[0] == tokens[start:]
+    return (
+        start % 5 == 0
+        and engine.generate([prompt + tokens[:start]], len(tokens) - start)[0] == tokens[start:]
+    )
 
 
 def test_aborting_switch_ends_running_requests(engine: EngineRun) -> None:
@@ -127,7 +134,9 @@ def test_failed_commit_restores_the_previous_experts(engine: EngineRun) -> None:
     before = engine.run(engine.engine.state())
     answers = engine.generate(PROMPTS, 8)
     with pytest.raises(SwitchError, match="active again"):
-        engine.run(engine.engine.switch(epoch=99, slot=0, bundle=None, digest="sha256:never-staged"))
+        engine.run(
+            engine.engine.switch(epoch=99, slot=0, bundle=None, digest="sha256:never-staged")
+        )
     assert engine.run(engine.engine.state()) == before
     assert engine.generate(PROMPTS, 8) == answers
     assert engine.engine.is_trusted

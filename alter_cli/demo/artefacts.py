@@ -1,0 +1,119 @@
+"""The demo's corpus, base model and experts, made once and kept under `build/demo`.
+
+Folders are named after a digest of what they were made from, settings and source code alike, so a
+kept artefact is never taken for another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+import alter_core
+import trainer
+from alter_core.errors import TrainingError
+
+from . import authors, tofu
+from .base_model import train_base
+from .corpus import Corpus
+
+EXPERTS = "experts"
+_GENERAL_ROWS = 2_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Artefacts:
+    """Folders of everything that is served."""
+
+    corpus: Corpus
+    model: Path
+    substrate: Path
+    experts: dict[str, Path]
+    """Bundle by domain."""
+    timings_s: dict[str, float]
+    """Seconds spent on each; 0 where the kept one was used."""
+
+
+def load_corpus(
+    dataset: str, *, num_authors: int | None, num_domains: int, data_dir: Path, seed: int
+) -> Corpus:
+    """The generated authors (`authors`) or real TOFU (`tofu`)."""
+    if dataset == "tofu":
+        return tofu.load(
+            data_dir, num_authors=num_authors or 40, num_domains=num_domains, seed=seed
+        )
+    if num_authors is None:
+        return authors.generate(num_domains=num_domains, seed=seed)
+    return authors.generate(num_authors=num_authors, num_domains=num_domains, seed=seed)
+
+
+def make(corpus: Corpus, folder: Path, *, seed: int, console: Console) -> Artefacts:
+    """Makes what is missing. Raises: TrainingError if the base model does not learn its rows."""
+    rows = json.dumps(
+        [
+            corpus.name,
+            seed,
+            {part: [dataclasses.astuple(r) for r in rows] for part, rows in corpus.parts().items()},
+        ]
+    )
+    base_key = _digest(
+        rows,
+        "".join(corpus.general),
+        _sources(Path(__file__).parent, exclude={"story.py", "command.py"}),
+    )
+    base = folder / f"{corpus.name}-{base_key}"
+    base.mkdir(parents=True, exist_ok=True)
+    timings = {"base_model": 0.0, "experts": 0.0}
+    if not (base / "model").exists():
+        started = time.monotonic()
+        train_base(corpus, base / "model", seed=seed)
+        timings["base_model"] = time.monotonic() - started
+    files = corpus.save(base)
+    expert_key = _digest(
+        base_key,
+        _sources(Path(trainer.__file__).parent),
+        _sources(Path(alter_core.__file__).parent),
+    )
+    experts = base / f"{EXPERTS}-{expert_key}"
+    if not (experts / "run.json").exists():
+        started = time.monotonic()
+        _train_experts(corpus, base / "model", files, experts, seed=seed, console=console)
+        timings["experts"] = time.monotonic() - started
+    return Artefacts(
+        corpus=corpus,
+        model=base / "model",
+        substrate=experts / "substrate",
+        experts={name: experts / name for name in corpus.domains},
+        timings_s=timings,
+    )
+
+
+def _train_experts(
+    corpus: Corpus, model: Path, files: dict[str, Path], out: Path, *, seed: int, console: Console
+) -> None:
+    command = ["alter", "train", str(model), "--out", str(out), "--seed", str(seed)]
+    for name in corpus.domains:
+        command += ["--forget", f"{name}={files[f'domain-{name}']}"]
+    command += ["--retain", str(files["retain"])]
+    command += ["--general", str(files["general"]), "--general", str(files["unseen"])]
+    console.print(f"[dim]$ {' '.join(command)}[/]", highlight=False)
+    result = subprocess.run([sys.executable, "-m", "alter_cli.main", *command[1:]], check=False)
+    if result.returncode:
+        raise TrainingError("Training the experts failed", got=f"exit code {result.returncode}")
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _sources(package: Path, exclude: frozenset[str] | set[str] = frozenset()) -> str:
+    return "".join(
+        path.read_text("utf-8") for path in sorted(package.glob("*.py")) if path.name not in exclude
+    )

@@ -1,0 +1,99 @@
+"""A real `alter serve` in a process of its own, on a free port of the loopback interface."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+
+from alter_core.errors import EngineError
+
+_START_TIMEOUT_S = 300
+_STOP_TIMEOUT_S = 30
+_LOG_LINES_SHOWN = 25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunningServer:
+    """Where a started server answers."""
+
+    url: str
+    """Root, without `/v1`."""
+    admin_token: str
+    model: str
+    """Name of the model in the OpenAI API."""
+
+
+@contextlib.contextmanager
+def serve(
+    model: Path, substrate: Path, log: Path, vllm_flags: Sequence[str] = ()
+) -> Iterator[RunningServer]:
+    """Runs a server until the block ends. Its output goes to `log`.
+
+    Raises: EngineError with the end of the log if it does not come up.
+    """
+    port, token = _free_port(), secrets.token_urlsafe(24)
+    command = [
+        *(sys.executable, "-m", "alter_cli.main", "serve", str(model)),
+        *("--alter-substrate", str(substrate)),
+        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"),
+        *vllm_flags,
+    ]
+    environment = os.environ | {"ALTER_ADMIN_TOKEN": token, "HF_HUB_OFFLINE": "1"}
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+        try:
+            server = RunningServer(url=f"http://127.0.0.1:{port}", admin_token=token, model="demo")
+            _wait_until_ready(server, process, log)
+            yield server
+        finally:
+            _stop(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_ready(server: RunningServer, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{server.url}/health", timeout=5).status_code == httpx.codes.OK:
+                return
+        time.sleep(0.2)
+    end = "\n".join(log.read_text("utf-8", "replace").splitlines()[-_LOG_LINES_SHOWN:])
+    raise EngineError(
+        "The server did not come up",
+        expected=f"an answer from {server.url}/health within {_START_TIMEOUT_S} s",
+        got=f"exit code {process.returncode}" if process.poll() is not None else "no answer",
+        fix=f"The end of {log}:\n{end}",
+    )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the server and its workers, which share its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,199 @@
+"""The typed client and the command line, over a real socket."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import httpx
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from alter_core.errors import (
+    AlterError,
+    BundleNotFoundError,
+    ConfigError,
+    DomainConflictError,
+    DomainNameError,
+    DomainNotFoundError,
+    SwitchError,
+    UnsupportedEngineError,
+)
+from server import cli, launch
+from server.client import AdminClient
+from server.settings import ServeSettings
+from tests.support.tiny import TinyBundles
+
+from .conftest import TOKEN, Listening
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("ALTER_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_the_client_speaks_the_whole_api(listening: Listening, bundles: TinyBundles) -> None:
+    folder = str(bundles.experts["domain-0"])
+    with AdminClient(listening.url + "/", TOKEN) as client:
+        done = client.activate("a", folder, in_flight="abort", is_new=True, idempotency_key="k")
+        assert (done.outcome, done.epoch) == ("created", 1)
+        assert client.activate("a", folder, is_new=True, in_flight="abort", idempotency_key="k") == done
+        assert client.show("a").digest == done.digest
+        assert [d.name for d in client.list_domains().domains] == ["a"]
+        assert client.status().slots.used == 1
+        with pytest.raises(AlterError, match="If-Match does not hold"):
+            client.revoke("a", if_epoch=0)
+        assert client.revoke("a", if_epoch=1).switch.epoch == 2
+
+
+def test_the_client_raises_the_servers_errors(listening: Listening, bundles: TinyBundles) -> None:
+    folder = str(bundles.experts["domain-0"])
+    with AdminClient(listening.url, TOKEN) as client:
+        client.activate("a", folder)
+        with pytest.raises(DomainConflictError) as caught:
+            client.activate("b", folder)
+        assert caught.value.expected
+        assert caught.value.got
+        assert caught.value.fix
+        with pytest.raises(BundleNotFoundError):
+            client.activate("b", folder + "-nothing")
+        with pytest.raises(DomainNotFoundError):
+            client.show("b")
+        with pytest.raises(DomainNameError):
+            client.show("a/../x")
+        listening.stack.engine.failure = SwitchError("no worker could copy")
+        with pytest.raises(SwitchError, match="no worker"):
+            client.revoke("a")
+    for token in (None, "wrong"):
+        with AdminClient(listening.url, token) as client, pytest.raises(ConfigError, match="token"):
+            client.list_domains()
+
+
+def test_other_servers_and_none_at_all_are_told_apart() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200 if request.url.path.endswith("status") else 404, text="hello")
+
+    with AdminClient("http://other", "t", transport=httpx.MockTransport(answer)) as client:
+        for call in (client.status, client.list_domains):
+            with pytest.raises(AlterError, match="not an admin side"):
+                call()
+    with AdminClient("http://127.0.0.1:9", "t") as client:
+        with pytest.raises(AlterError, match="does not answer"):
+            client.status()
+
+
+def run(*arguments: str, exit_code: int = 0) -> tuple[str, str]:
+    result = RUNNER.invoke(cli.domains_app, list(arguments))
+    assert result.exit_code == exit_code, result.output
+    return result.stdout, result.stderr
+
+
+def test_domains_from_the_command_line(
+    listening: Listening, bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ALTER_URL", listening.url)
+    monkeypatch.setenv("ALTER_ADMIN_TOKEN", TOKEN)
+    monkeypatch.chdir(bundles.experts["domain-0"].parent)
+    assert "created" in run("activate", "a", "domain-0", "--in-flight", "abort")[0]
+    assert listening.stack.engine.switches[-1]["in_flight"] == "abort"
+
+    listed = json.loads(run("list", "--json")[0])
+    assert (listed["epoch"], listed["domains"][0]["name"]) == (1, "a")
+    assert "epoch 1, 1 active" in run("list")[0]
+    assert "domain-0" in run("show", "a")[0]
+    assert json.loads(run("show", "a", "--json")[0])["slot"] == 0
+
+    out, err = run("revoke", "a", "--if-epoch", "7", exit_code=1)
+    assert out == ""
+    assert "expected: If-Match" in " ".join(err.split())
+    assert "epoch 2" in run("revoke", "a")[0]
+    out, err = run("show", "a", exit_code=1)
+    assert (out, err.splitlines()[0]) == ("", "error: No active domain is named 'a'")
+    run("activate", "a", "s3://bucket/x", exit_code=1)
+    run("activate", "a", exit_code=2)
+
+    token_file = tmp_path / "token"
+    token_file.write_text("wrong\n")
+    _, err = run("list", "--token-file", str(token_file), exit_code=2)
+    assert "token" in err
+
+
+def test_no_token_is_told(listening: Listening, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, err = run("list", "--url", listening.url, exit_code=2)
+    assert "ALTER_ADMIN_TOKEN" in err
+    monkeypatch.setenv("ALTER_MAX_DOMAINS", "junk")
+    _, err = run("list", "--url", listening.url, exit_code=2)
+    assert "ALTER_MAX_DOMAINS" in err
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    """Composed as the command line's main module does."""
+    app = typer.Typer()
+    app.command("serve", context_settings=cli.SERVE_CONTEXT)(cli.serve_command)
+    app.add_typer(cli.domains_app, name="domains")
+    return app
+
+
+def test_serve_passes_every_other_flag_on(
+    app: typer.Typer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[tuple[str, ServeSettings, list[str]]] = []
+    monkeypatch.setattr(launch, "serve", lambda *arguments: calls.append(arguments))
+    (tmp_path / "token").write_text("t")
+    flags = [
+        "--max-model-len", "512", "-tp", "2", "--alter-domain", "a=/x", "--enforce-eager",
+        "--alter-domain", "b=/y", "--speculative-config.method=ngram", "-asc", "1",
+        "--alter-max-domains", "9", "--alter-admin-token-file", str(tmp_path / "token"),
+        "--additional-config", '{"x": 1}', "-O3", "--served-model-name", "m1", "m2",
+    ]  # fmt: skip
+    result = RUNNER.invoke(app, ["serve", "org/model", "--alter-substrate", "/s", *flags])
+    assert result.exit_code == 0, result.output
+    [(model, settings, vllm_args)] = calls
+    assert model == "org/model"
+    assert (settings.substrate, settings.max_domains) == (Path("/s"), 9)
+    assert dict(settings.domains) == {"a": Path("/x"), "b": Path("/y")}
+    assert settings.admin_token_sha256 is not None
+    assert vllm_args == [
+        "--max-model-len", "512", "-tp", "2", "--enforce-eager",
+        "--speculative-config.method=ngram", "-asc", "1",
+        "--additional-config", '{"x": 1}', "-O3", "--served-model-name", "m1", "m2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [
+        (UnsupportedEngineError("no", expected="e", got="g", fix="f"), 2),
+        (ConfigError("no", expected="e", got="g", fix="f"), 2),
+        (BundleNotFoundError("no", expected="e", got="g", fix="f"), 1),
+    ],
+)
+def test_serve_reports_refusals(
+    app: typer.Typer, monkeypatch: pytest.MonkeyPatch, error: AlterError, exit_code: int
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(launch, "serve", refuse)
+    result = RUNNER.invoke(app, ["serve", "m", "--alter-substrate", "/s"])
+    assert result.exit_code == exit_code
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "error: no",
+        "  expected: e",
+        "  got:      g",
+        "  fix:      f",
+    ]
+
+
+def test_serve_without_a_substrate_is_a_usage_error(app: typer.Typer) -> None:
+    result = RUNNER.invoke(app, ["serve", "m"])
+    assert result.exit_code == 2
+    assert "--alter-substrate" in result.stderr

@@ -1,0 +1,286 @@
+"""What is refused before anything is loaded, and what vLLM is given. Uses vLLM's own parser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from alter_core.errors import (
+    BaseModelMismatchError,
+    BundleNotFoundError,
+    BundleTamperedError,
+    ConfigError,
+    DomainConflictError,
+    SubstrateMismatchError,
+    UnsupportedEngineError,
+    UnsupportedModelError,
+)
+from alter_core.substrate import Substrate
+from server import launch
+from server.settings import ServeSettings
+from tests.support.tiny import (
+    PROVENANCE,
+    TinyBundles,
+    random_expert,
+    random_substrate,
+    save_model,
+)
+
+MODEL = "/models/base"
+
+
+@pytest.fixture(autouse=True)
+def _spawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    # parse_vllm_args sets it, as `vllm serve` does; undo that after each test.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+def parsed(*flags: str) -> Namespace:
+    return launch.parse_vllm_args(MODEL, flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--pipeline-parallel-size", "2"],
+        ["-pp=2"],
+        ["--data-parallel-size", "2"],
+        ["--data-parallel-rank", "0"],
+        ["--data-parallel-external-lb"],
+        ["--api-server-count", "2"],
+        ["--api-server-count", "0"],
+        ["--enable-prompt-embeds"],
+        ["--enable-lora"],
+        ["--lora-modules", "a=/x"],
+        ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
+        ["--speculative-config.method", "ngram"],
+        ["--spec-method", "ngram"],
+        ["--kv-transfer-config", '{"kv_connector": "X", "kv_role": "kv_both"}'],
+        ["--kv-offloading-size", "1"],
+        ["--headless"],
+        ["--grpc"],
+        ["--worker-cls", "some.Worker"],
+        ["--worker-extension-cls", "some.Extension"],
+        ["--model-impl", "transformers"],
+        ["--async-scheduling"],
+        ["--enable-dbo"],
+        ["--ubatch-size", "2"],
+        ["--nnodes", "2"],
+        ["--decode-context-parallel-size", "2"],
+    ],
+    ids=" ".join,
+)
+def test_unproven_options_are_refused(flags: list[str]) -> None:
+    with pytest.raises(UnsupportedEngineError) as caught:
+        launch.refuse_unproven(parsed(*flags))
+    assert caught.value.fix
+    assert caught.value.expected
+
+
+def test_a_refusal_in_a_configuration_file_counts_too(tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text("pipeline-parallel-size: 2\n")
+    with pytest.raises(UnsupportedEngineError, match="pipeline"):
+        launch.refuse_unproven(parsed("--config", str(config)))
+
+
+def test_ordinary_options_pass() -> None:
+    args = parsed(
+        "--max-model-len", "512", "--tensor-parallel-size", "2", "--enforce-eager",
+        "--api-server-count", "1", "--no-async-scheduling", "--enable-auto-tool-choice",
+        "--tool-call-parser", "hermes", "--api-key", "k", "--port", "8001",
+    )  # fmt: skip
+    launch.refuse_unproven(args)
+    assert (args.model, args.max_model_len, args.port) == (MODEL, 512, 8001)
+
+
+def test_flags_that_vllm_does_not_know_are_a_usage_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parsed("--no-such-flag")
+    assert caught.value.code == 2
+    assert "alter serve" in capsys.readouterr().err
+
+
+def test_flags_that_contradict_each_other_are_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="tool-call-parser"):
+        parsed("--enable-auto-tool-choice")
+
+
+@pytest.mark.parametrize(
+    "name", ["VLLM_USE_RUST_FRONTEND", "VLLM_SERVER_DEV_MODE", "VLLM_USE_V2_MODEL_RUNNER"]
+)
+def test_environment_that_bypasses_alter_is_refused(name: str) -> None:
+    for value in ("1", "true", "junk"):
+        with pytest.raises(UnsupportedEngineError, match=name):
+            launch.refuse_environment({name: value})
+    for value in ("", "0", "False"):
+        launch.refuse_environment({name: value})
+
+
+def test_users_plugins_stay() -> None:
+    environ = {"VLLM_PLUGINS": "mine,other"}
+    launch.prepare_environment(environ)
+    assert environ["VLLM_PLUGINS"] == "mine,other,alter"
+    launch.prepare_environment(environ)
+    assert environ["VLLM_PLUGINS"] == "mine,other,alter"
+    assert environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+def test_unset_plugins_still_mean_all_of_them() -> None:
+    environ: dict[str, str] = {}
+    launch.prepare_environment(environ)
+    names = environ["VLLM_PLUGINS"].split(",")
+    assert names[-1] == "alter"
+    assert "lora_filesystem_resolver" in names
+
+
+def test_our_plugin_is_found_as_vllm_finds_it() -> None:
+    launch.require_plugin()
+
+
+def test_a_missing_plugin_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PLUGIN_GROUP", "no.such.group")
+    with pytest.raises(ConfigError, match="without forget experts"):
+        launch.require_plugin()
+
+
+@pytest.fixture
+def settings(bundles: TinyBundles) -> ServeSettings:
+    return ServeSettings(
+        substrate=bundles.substrate, domains={"a": bundles.experts["domain-0"]}, max_domains=5
+    )
+
+
+def test_vllm_gets_our_worker_and_keeps_the_users_configuration(
+    settings: ServeSettings, substrate: Substrate
+) -> None:
+    args = parsed("--additional-config", json.dumps({"mine": {"x": 1}}))
+    launch.configure(args, settings, substrate)
+    assert args.worker_cls == "server.engine.worker.AlterCPUWorker"
+    assert args.async_scheduling is False
+    assert args.alter_settings is settings
+    assert args.additional_config == {
+        "mine": {"x": 1},
+        "alter": {
+            "substrate": str(settings.substrate),
+            "max_domains": 5,
+            "installation": launch.installation_fingerprint(substrate, 5),
+        },
+    }
+
+
+def test_the_key_alter_belongs_to_alter(settings: ServeSettings, substrate: Substrate) -> None:
+    with pytest.raises(ConfigError, match="belongs to ALTER"):
+        launch.configure(parsed("--additional-config", '{"alter": {}}'), settings, substrate)
+
+
+def test_the_fingerprint_follows_substrate_slots_and_code(
+    substrate: Substrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = launch.installation_fingerprint(substrate, 5)
+    assert len(first) == 64
+    assert launch.installation_fingerprint(substrate, 5) == first
+    assert launch.installation_fingerprint(substrate, 6) != first
+    (tmp_path / "new.py").write_text("x = 1\n")
+    folders = launch._package_folders
+    monkeypatch.setattr(launch, "_package_folders", lambda name: [*folders(name), tmp_path])
+    assert launch.installation_fingerprint(substrate, 5) != first
+
+
+def test_artefacts_are_verified_before_loading(
+    settings: ServeSettings, bundles: TinyBundles, tmp_path: Path
+) -> None:
+    assert launch.check_artefacts(bundles.model, settings).digest is not None
+
+    with pytest.raises(BundleNotFoundError):
+        launch.check_artefacts(bundles.model, ServeSettings(substrate=tmp_path / "none"))
+
+    torn = tmp_path / "torn"
+    shutil.copytree(bundles.experts["domain-0"], torn)
+    (torn / "evaluation.json").write_text("{}")
+    with pytest.raises(BundleTamperedError):
+        launch.check_artefacts(
+            bundles.model, ServeSettings(substrate=bundles.substrate, domains={"a": torn})
+        )
+
+    same = bundles.experts["domain-0"]
+    with pytest.raises(DomainConflictError, match="'a' and 'b'"):
+        launch.check_artefacts(
+            bundles.model,
+            ServeSettings(substrate=bundles.substrate, domains={"a": same, "b": same}),
+        )
+
+
+def test_artefacts_of_another_model_or_substrate_are_refused(
+    settings: ServeSettings, substrate: Substrate, bundles: TinyBundles, tmp_path: Path
+) -> None:
+    other_model = save_model(tmp_path / "model", seed=7)
+    with pytest.raises(BaseModelMismatchError):
+        launch.check_artefacts(other_model, settings)
+
+    other = random_substrate(bundles.model, substrate.config, seed=8)
+    other = other.write(tmp_path / "substrate", name="other", training=PROVENANCE)
+    random_expert(other, "a", seed=9).write(tmp_path / "expert", other, training=PROVENANCE)
+    with pytest.raises(SubstrateMismatchError):
+        launch.check_artefacts(
+            bundles.model,
+            ServeSettings(substrate=bundles.substrate, domains={"a": tmp_path / "expert"}),
+        )
+
+
+def test_an_unsupported_architecture_is_refused(settings: ServeSettings, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["MixtralForCausalLM"]}')
+    with pytest.raises(UnsupportedModelError, match="MixtralForCausalLM"):
+        launch.check_artefacts(tmp_path, settings)
+
+
+def test_a_local_model_is_served_as_given(bundles: TinyBundles) -> None:
+    args = launch.parse_vllm_args(str(bundles.model), [])
+    assert launch.resolve_model(args) == bundles.model
+    assert (args.model, args.served_model_name) == (str(bundles.model), None)
+
+
+def test_a_hub_model_is_pinned_to_the_checked_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+
+    def download(model: str, **options: object) -> str:
+        asked.update(options, model=model)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    args = launch.parse_vllm_args("org/name", ["--revision", "abc"])
+    assert launch.resolve_model(args) == tmp_path
+    assert (asked["model"], asked["revision"]) == ("org/name", "abc")
+    assert (args.model, args.served_model_name) == (str(tmp_path), ["org/name"])
+
+
+@pytest.mark.parametrize("model", ["no-such-org/no-such-model", "not a name", "a/b/c"])
+def test_a_model_that_is_nowhere_is_refused(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    args = launch.parse_vllm_args(model, ["--download-dir", str(tmp_path)])
+    with pytest.raises(UnsupportedModelError, match="neither a folder"):
+        launch.resolve_model(args)
+
+
+def test_a_refusal_comes_before_the_engine(
+    settings: ServeSettings, bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    started: list[Namespace] = []
+    monkeypatch.setattr(launch, "_run", started.append)
+    with pytest.raises(UnsupportedEngineError):
+        launch.serve(str(bundles.model), settings, ["--enable-lora"])
+    assert started == []
+    launch.serve(str(bundles.model), settings, ["--max-model-len", "64"])
+    assert started[0].alter_settings is settings

@@ -1,0 +1,132 @@
+"""The plugin on vLLM's own, unmodified application. No engine runs here, and nothing is generated."""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from prometheus_client import REGISTRY
+
+from alter_core.errors import ConfigError, UnsupportedEngineError
+from alter_core.substrate import Substrate
+from server import launch
+from server.domains import DomainService
+from server.metrics import AlterMetrics
+from server.plugin import AlterEndpointPlugin
+from server.settings import ServeSettings, token_digest
+from tests.support.tiny import TinyBundles
+
+from .conftest import AUTHORIZATION, MAX_DOMAINS, TOKEN, InMemoryEngine
+
+
+def build_vllm_app(monkeypatch: pytest.MonkeyPatch, *flags: str) -> FastAPI:
+    monkeypatch.setenv("VLLM_PLUGINS", "alter")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    from vllm.entrypoints.launchers.app import build_app
+
+    app: FastAPI = build_app(launch.parse_vllm_args("/m", flags), ("generate",), None)
+    return app
+
+
+def client_of(app: FastAPI, **headers: str) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://alter", headers=headers)
+
+
+def test_vllm_finds_the_plugin_and_its_application_is_ours_too(
+    monkeypatch: pytest.MonkeyPatch, substrate: Substrate
+) -> None:
+    app = build_vllm_app(monkeypatch, "--api-key", "key", "--root-path", "/proxy")
+    metrics = AlterMetrics()
+
+    async def run() -> None:
+        engine = InMemoryEngine(MAX_DOMAINS)
+        service = DomainService(engine, substrate, MAX_DOMAINS, metrics=metrics)
+        app.state.alter.open(service, token_digest(TOKEN))
+        await service.start({})
+        async with client_of(app, **AUTHORIZATION) as client:
+            # vLLM's exception handlers stay out of /admin, and ours out of /v1.
+            # With and without a proxy that takes the root path off.
+            for prefix in ("", "/proxy"):
+                for path, status in (("/admin/forget-domains", 422), ("/admin/nothing", 404)):
+                    response = await client.post(prefix + path, json={})
+                    assert response.status_code == status
+                    assert response.headers["content-type"] == "application/problem+json"
+                    assert response.json()["instance"] == "/proxy" + path
+            # vLLM's own key guards /v1, and not /admin.
+            assert (await client.post("/v1/completions", json={})).status_code == 401
+            assert (await client.get("/admin/status")).status_code == 200
+            key = {"Authorization": "Bearer key"}
+            response = await client.post("/v1/completions", json={}, headers=key)
+            assert response.status_code == 400
+            assert "error" in response.json()
+            assert response.headers["x-alter-epoch"] == "0"
+            assert (await client.get("/admin/status", headers=key)).status_code == 401
+
+            engine.counts[None] = (1, 41)
+            exposition = (await client.get("/metrics")).text
+            assert 'alter_routed_tokens_total{expert="retain",path="low"} 41.0' in exposition
+            assert "alter_epoch 0.0" in exposition
+            assert 'handler="/admin/forget-domains"' in exposition
+
+            paths = (await client.get("/openapi.json")).json()["paths"]
+            assert "/admin/forget-domains/{name}" in paths
+            assert "/v1/chat/completions" in paths
+
+            engine.is_trusted = False
+            for path in ("/v1/completions", "/v1/responses", "/invocations", "/tokenize"):
+                response = await client.post(path, json={}, headers=key)
+                assert response.status_code == 503, path
+                assert response.json()["error"]["type"] == "ServiceUnavailableError"
+
+    try:
+        asyncio.run(run())
+    finally:
+        for collector in vars(metrics).values():
+            REGISTRY.unregister(collector)
+
+
+def test_every_route_of_vllm_that_may_generate_is_refused_without_trust(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    app = build_vllm_app(monkeypatch, "--enable-scale-out")
+    open_paths = {
+        "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc", "/health", "/load",
+        "/metrics", "/version", "/ping", "/v1/models", "/admin",
+    }  # fmt: skip
+
+    async def run() -> None:
+        async with client_of(app) as client:
+            for route in app.routes:
+                path = getattr(route, "path", "")
+                if path in open_paths:
+                    continue
+                for method in getattr(route, "methods", None) or {"POST"}:
+                    response = await client.request(method, path)
+                    assert response.status_code == 503, path
+
+    asyncio.run(run())
+
+
+def test_state_needs_settings_and_an_engine(bundles: TinyBundles) -> None:
+    plugin = AlterEndpointPlugin()
+    app = FastAPI()
+    plugin.attach_router(app)
+    with pytest.raises(ConfigError, match="alter serve"):
+        asyncio.run(plugin.init_state(None, app.state, Namespace()))
+    settings = Namespace(alter_settings=ServeSettings(substrate=Path(bundles.substrate)))
+    with pytest.raises(UnsupportedEngineError, match="render"):
+        asyncio.run(plugin.init_state(None, app.state, settings))
+
+
+def test_vllm_takes_it_for_an_endpoint_plugin() -> None:
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    plugin = AlterEndpointPlugin()
+    assert isinstance(plugin, EndpointPlugin)
+    assert plugin.required_tasks is None

@@ -1,0 +1,132 @@
+"""Flag over environment over default, and nothing bad is swallowed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from alter_core.errors import ConfigError, DomainNameError
+from server.settings import (
+    ServeSettings,
+    read_environment,
+    resolve_admin_token,
+    token_digest,
+)
+
+
+@pytest.fixture(autouse=True)
+def _empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("ALTER_")]:
+        monkeypatch.delenv(name)
+
+
+def test_defaults() -> None:
+    settings = ServeSettings.build(substrate=Path("/s"))
+    assert settings == ServeSettings(substrate=Path("/s"))
+    assert (settings.max_domains, dict(settings.domains)) == (64, {})
+    assert settings.admin_token_sha256 is None
+
+
+def test_environment_fills_what_no_flag_gives(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ALTER_SUBSTRATE", "/from/environment")
+    monkeypatch.setenv("ALTER_MAX_DOMAINS", "7")
+    monkeypatch.setenv("ALTER_DOMAINS", "a=/x, b=/y")
+    monkeypatch.setenv("ALTER_ADMIN_TOKEN", "t1")
+    settings = ServeSettings.build()
+    assert settings.substrate == Path("/from/environment")
+    assert settings.max_domains == 7
+    assert dict(settings.domains) == {"a": Path("/x"), "b": Path("/y")}
+    assert settings.admin_token_sha256 == token_digest("t1")
+
+    token = tmp_path / "token"
+    token.write_text("t2\n")
+    settings = ServeSettings.build(
+        substrate=Path("/flag"), domains=["c=/z"], max_domains=9, admin_token_file=token
+    )
+    assert settings.substrate == Path("/flag")
+    assert (settings.max_domains, dict(settings.domains)) == (9, {"c": Path("/z")})
+    assert settings.admin_token_sha256 == token_digest("t2")
+
+
+def test_relative_folders_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ServeSettings.build(substrate=Path("s"), domains=["a=b"])
+    assert settings.substrate == tmp_path / "s"
+    assert settings.domains["a"] == tmp_path / "b"
+
+
+@pytest.mark.parametrize("value", ["0", "many", "-1", "1.5"])
+def test_a_bad_environment_value_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("ALTER_MAX_DOMAINS", value)
+    with pytest.raises(ConfigError, match="ALTER_MAX_DOMAINS"):
+        ServeSettings.build(substrate=Path("/s"), max_domains=3)
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALTER_MAX_DOMAINS", "")
+    assert ServeSettings.build(substrate=Path("/s")).max_domains == 64
+
+
+def test_a_substrate_is_needed() -> None:
+    with pytest.raises(ConfigError, match="--alter-substrate or ALTER_SUBSTRATE"):
+        ServeSettings.build()
+
+
+@pytest.mark.parametrize("text", ["a", "a=", ""])
+def test_a_domain_is_given_as_name_and_folder(text: str) -> None:
+    with pytest.raises(ConfigError, match="NAME=DIR"):
+        ServeSettings.build(substrate=Path("/s"), domains=[text])
+
+
+@pytest.mark.parametrize("name", ["A", "", "retain"])
+def test_unusable_names_are_refused(name: str) -> None:
+    with pytest.raises(DomainNameError):
+        ServeSettings.build(substrate=Path("/s"), domains=[f"{name}=/x"])
+
+
+def test_one_name_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Two bundles"):
+        ServeSettings.build(substrate=Path("/s"), domains=["a=/x", "a=/y"])
+
+
+def test_more_domains_than_slots_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at most 1"):
+        ServeSettings.build(substrate=Path("/s"), domains=["a=/x", "b=/y"], max_domains=1)
+    with pytest.raises(ConfigError, match=">= 1"):
+        ServeSettings.build(substrate=Path("/s"), max_domains=0)
+
+
+def test_the_token_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALTER_ADMIN_TOKEN", "hunter2")
+    settings = ServeSettings.build(substrate=Path("/s"))
+    assert "hunter2" not in repr(settings)
+    assert "sha256" not in repr(settings)
+    assert "hunter2" not in repr(read_environment())
+
+
+def test_two_tokens_are_a_contradiction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("t")
+    monkeypatch.setenv("ALTER_ADMIN_TOKEN", "t")
+    monkeypatch.setenv("ALTER_ADMIN_TOKEN_FILE", str(tmp_path / "token"))
+    with pytest.raises(ConfigError, match="Two admin tokens"):
+        ServeSettings.build(substrate=Path("/s"))
+    assert resolve_admin_token(tmp_path / "token", read_environment()) == "t"
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"a b", "ä".encode(), b"\xff", b"a\x00b"])
+def test_unusable_tokens_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="admin token"):
+        ServeSettings.build(substrate=Path("/s"), admin_token_file=path)
+
+
+def test_a_missing_token_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        ServeSettings.build(substrate=Path("/s"), admin_token_file=tmp_path / "none")
