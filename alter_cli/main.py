@@ -27,14 +27,11 @@ app = typer.Typer(
 def _compose() -> None:
     from trainer.cli import train_command
 
-    from server.cli import domains_app, serve_command
+    from server.cli import SERVE_CONTEXT, domains_app, serve_command
 
     app.command("demo")(demo_command)
     app.command("train")(train_command)
-    app.command(
-        "serve",
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    )(serve_command)
+    app.command("serve", context_settings=SERVE_CONTEXT)(serve_command)
     app.add_typer(bundle_app, name="bundle")
     app.add_typer(domains_app, name="domains")
 

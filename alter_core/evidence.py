@@ -44,7 +44,8 @@ class EvidenceHead(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         """Shapes: normalised embeddings (..., T, D) -> (..., T), float32."""
         features = ngram_features(embeddings.float(), self.ngram)
-        return self.fc2(torch.relu(self.fc1(features))).squeeze(-1)
+        scores: Tensor = self.fc2(torch.relu(self.fc1(features)))
+        return scores.squeeze(-1)
 
 
 def windowed_max(evidence: Tensor, window: int) -> Tensor:

@@ -97,7 +97,9 @@ class Substrate:
         _check_base_model(manifest, base_model)
         config, size = manifest.config, manifest.base_model.hidden_size
         estimator = EntropyEstimator(size)
-        expected = {f"{s}.lora_a": (config.rank, i.in_features) for s, i in manifest.sites.items()}
+        expected: dict[str, tuple[int, ...]] = {
+            f"{s}.lora_a": (config.rank, i.in_features) for s, i in manifest.sites.items()
+        }
         if config.retain_expert == "trained":
             expected |= {
                 f"{s}.retain.lora_b": (i.out_features, config.rank)
@@ -193,7 +195,7 @@ class ForgetExpert:
             ngram=config.evidence_ngram,
             num_units=config.evidence_units,
         )
-        expected = {
+        expected: dict[str, tuple[int, ...]] = {
             f"{s}.lora_b": (i.out_features, config.rank) for s, i in substrate.sites.items()
         }
         expected |= {k: tuple(t.shape) for k, t in _module_tensors("evidence", head).items()}

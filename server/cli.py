@@ -64,7 +64,7 @@ def serve_command(
         int | None,
         typer.Option(
             "--alter-max-domains",
-            help=f"Slots for experts (default {DEFAULT_MAX_DOMAINS}). Environment: ALTER_MAX_DOMAINS.",
+            help=f"Slots, by default {DEFAULT_MAX_DOMAINS}. Environment: ALTER_MAX_DOMAINS.",
         ),
     ] = None,
     admin_token_file: Annotated[

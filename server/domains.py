@@ -161,6 +161,11 @@ class DomainService:
         """True while generation is allowed: started, and trusted."""
         return self._is_ready and self.is_trusted
 
+    def check_trust(self) -> None:
+        """Loses trust if the engine has lost its own; during a switch it may still come back."""
+        if not self._is_switching and not self._engine.is_trusted:
+            self._lose_trust("the engine could not prove what it applies")
+
     async def start(self, domains: Mapping[str, Path]) -> None:
         """Proves the engine with its canary, then activates `domains`. Nothing is generated before.
 
@@ -430,8 +435,7 @@ class DomainService:
             counts = await self._engine.routed_tokens()
         except Exception as error:
             logger.warning("Routed-token counts could not be read: %s", error)
-            if not self._engine.is_trusted:
-                self._lose_trust("the workers disagree about what they apply")
+            self.check_trust()
             return
         if not self._is_switching and epoch == self._epoch:
             experts: dict[int | None, str] = {d.slot: d.name for d in self._domains.values()}

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Callable, MutableMapping, Sequence
@@ -144,10 +145,11 @@ def serve(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> None
     refuse_environment(os.environ)
     prepare_environment(os.environ)
     require_plugin()
+    substrate = check_artefacts(Path(model), settings) if is_local(model) else None
     args = parse_vllm_args(model, vllm_args)
     refuse_unproven(args)
-    folder = resolve_model(args)
-    substrate = check_artefacts(folder, settings)
+    if substrate is None:
+        substrate = check_artefacts(fetch_model(args), settings)
     configure(args, settings, substrate)
     _run(args)
 
@@ -157,6 +159,7 @@ def refuse_environment(environ: MutableMapping[str, str]) -> None:
     refused = {
         "VLLM_USE_RUST_FRONTEND": "it serves HTTP without Python plugins",
         "VLLM_SERVER_DEV_MODE": "it opens worker calls and weight updates to everybody",
+        "VLLM_ENABLE_RESPONSES_API_STORE": "it hands out text generated before a switch",
         "VLLM_USE_V2_MODEL_RUNNER": "the gate reads token ids on the V1 model runner",
     }
     for name, reason in refused.items():
@@ -234,14 +237,17 @@ def refuse_unproven(args: Namespace) -> None:
             )
 
 
-def resolve_model(args: Namespace) -> Path:
-    """The folder of the model. A hub model is fetched, and pinned: vLLM then serves that folder.
+def is_local(model: str) -> bool:
+    """True for a folder, or what can only be one; False for the name of a hub model."""
+    return Path(model).exists() or model.startswith(("/", "./", "../"))
 
-    Raises: UnsupportedModelError if it is neither a folder nor to be had from the hub.
+
+def fetch_model(args: Namespace) -> Path:
+    """The folder of a hub model, fetched if need be. vLLM will serve that very folder.
+
+    Raises: UnsupportedModelError if it cannot be had.
     """
     model: str = args.model
-    if Path(model).exists() or model.startswith(("/", "./", "../", "~")):
-        return Path(model).expanduser()
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -339,4 +345,7 @@ def _run(args: Namespace) -> None:
     from vllm.logger import configure_logging_from_args
 
     configure_logging_from_args(args)
+    ours, theirs = logging.getLogger("server"), logging.getLogger("vllm")
+    ours.handlers, ours.propagate = list(theirs.handlers), False
+    ours.setLevel(theirs.level)
     uvloop.run(run_server(args))

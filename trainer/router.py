@@ -91,7 +91,7 @@ class WindowScorer:
         projected_UGH = (table_UD @ weight_DGH.flatten(1)).view(len(tokens), ngram, units)
         hidden_WH = self.head.fc1.bias
         for position in range(ngram):
-            hidden_WH = hidden_WH + projected_UGH[:, position][place[:, position]]
+            hidden_WH = hidden_WH + F.embedding(place[:, position], projected_UGH[:, position])
         return self.head.fc2(torch.relu(hidden_WH)).squeeze(-1)
 
     @torch.no_grad()
@@ -301,7 +301,8 @@ def _bags(domain: DomainWindows, window: int) -> Tensor:
     """Indices of the windows in view where evidence is needed, -1 where a bag is shorter. Shapes: (N, K).
 
     In view means the last `window` tokens at the first answer token, at every 32nd after it, and at the end.
-    Traces alone if there are any, else whatever no negative holds; a bag without either is left out.
+    Traces alone, if there are any, else other windows that are as rare; a bag without either is left out:
+    its tokens are better missed than found by a phrase that anyone may use.
     """
     bags = []
     for start, length, prompt in zip(domain.starts, domain.lengths, domain.prompt_lengths, strict=True):
@@ -309,7 +310,7 @@ def _bags(domain: DomainWindows, window: int) -> Tensor:
         for end in sorted(ends):
             view = np.arange(start + max(0, end - window + 1), start + end + 1)
             traces = view[domain.weight[view] > 0]
-            bag = traces if len(traces) else view[domain.is_candidate[view]]
+            bag = traces if len(traces) else view[domain.is_rare[view]]
             if len(bag):
                 bags.append(torch.from_numpy(bag))
     return nn.utils.rnn.pad_sequence(bags, batch_first=True, padding_value=-1)

@@ -15,10 +15,8 @@ from .dataset import EncodedRow
 
 Ids = NDArray[np.int64]
 
-_BACKOFF = 5.0
-"""Weight of the unigram estimate inside a bigram estimate, in counts."""
-MAX_LOG_RARITY = -6.5
-"""log10 of the probability below which a window is held for a trace of its domain: once in 3 M tokens."""
+MAX_LOG_RARITY = -8.0
+"""log10 of the probability below which a window is held for a trace of its domain: once in 100 M tokens."""
 _MIN_ROWS = 2
 """A window of an answer counts as a trace if it stands in that many rows, and in a prompt too."""
 _TRACES_PER_PROMPT = 8
@@ -26,12 +24,10 @@ _TRACES_PER_PROMPT = 8
 _SURE_TRACES = 2
 """At least that many are, however common they look, if the negatives do not hold them."""
 
-
 def windows_of(ids: Sequence[int], ngram: int) -> Ids:
     """Every token with its predecessors, oldest first. Shapes: T ids -> (T, G)."""
     padded = np.concatenate([np.zeros(ngram - 1, dtype=np.int64), np.asarray(ids, dtype=np.int64) + 1])
     return np.lib.stride_tricks.sliding_window_view(padded, ngram).copy()
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NegativeWindows:
@@ -44,6 +40,8 @@ class NegativeWindows:
     num_tokens: int
     counts: dict[int, int]
     """How often a token occurs."""
+    followers: dict[int, int]
+    """By how many different tokens it is followed."""
     bigrams: NDArray[np.uint64]
     """Sorted keys of the bigrams that occur."""
     bigram_counts: NDArray[np.int64]
@@ -54,7 +52,10 @@ class NegativeWindows:
         width = max(ngram, 2)
         every = np.concatenate([windows_of(ids, width) for ids in texts])
         tokens, token_counts = np.unique(every[:, -1], return_counts=True)
-        bigrams, bigram_counts = np.unique(window_keys(every[:, -2:]), return_counts=True)
+        bigrams, first, bigram_counts = np.unique(
+            window_keys(every[:, -2:]), return_index=True, return_counts=True
+        )
+        leaders, num_followers = np.unique(every[first, -2], return_counts=True)
         every = every[:, width - ngram :]
         _, first = np.unique(window_keys(every), return_index=True)
         return cls(
@@ -62,6 +63,7 @@ class NegativeWindows:
             suffixes={n: np.unique(window_keys(every[:, -n:])) for n in range(1, ngram + 1)},
             num_tokens=len(every),
             counts=dict(zip(tokens.tolist(), token_counts.tolist(), strict=True)),
+            followers=dict(zip(leaders.tolist(), num_followers.tolist(), strict=True)),
             bigrams=bigrams,
             bigram_counts=bigram_counts,
         )
@@ -69,11 +71,11 @@ class NegativeWindows:
     def log_rarity(self, windows: Ids) -> NDArray[np.float64]:
         """log10 of how often text like this would hold the last 1..G tokens of a window.
 
-        By an interpolated bigram model: a window whose bigrams are all known (`York City ,`) is likely in text
+        By a bigram model with Witten-Bell smoothing: a window whose bigrams are all known (`York City ,`) is likely in text
         not yet seen, even if these texts never hold it; one across a name is not.
         Shapes: (W, G) -> (W, G), column n - 1 for the last n tokens.
         """
-        counts = np.vectorize(lambda token: self.counts.get(int(token), 0), otypes=[np.int64])(windows)
+        counts, followers = _lookup(self.counts, windows), _lookup(self.followers, windows)
         share = (counts + 0.5) / (self.num_tokens + 1)
         ngram = windows.shape[1]
         rarity = np.empty(windows.shape)
@@ -84,10 +86,10 @@ class NegativeWindows:
                 keys = window_keys(windows[:, place - 1 : place + 1])
                 found = np.searchsorted(self.bigrams, keys).clip(0, len(self.bigrams) - 1)
                 pair_counts = np.where(self.bigrams[found] == keys, self.bigram_counts[found], 0)
-                likely = (pair_counts + _BACKOFF * share[:, place]) / (counts[:, place - 1] + _BACKOFF)
-                chain += np.log10(likely)
+                # As many new followers are to be expected as there were different ones.
+                new = followers[:, place - 1] + 1
+                chain += np.log10((pair_counts + new * share[:, place]) / (counts[:, place - 1] + new))
         return rarity
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DomainWindows:
@@ -96,7 +98,8 @@ class DomainWindows:
     `starts[i]` is where row i begins; `lengths[i]`, `prompt_lengths[i]` count its windows.
     `suffix_length[w]` is the shortest end of window w that no negative holds, nor is likely to: the tokens
     before it say nothing. G if only the whole window will do, G + 1 if the negatives hold all of it.
-    `weight[w]` > 0 marks a trace: a window that pointwise training pushes up.
+    `weight[w]` > 0 marks a trace: a window that pointwise training pushes up. `is_rare[w]`: no negative
+    holds window w, nor is likely to.
     """
 
     windows: Ids
@@ -105,11 +108,7 @@ class DomainWindows:
     prompt_lengths: list[int]
     suffix_length: NDArray[np.int64]
     weight: NDArray[np.float64]
-
-    @property
-    def is_candidate(self) -> NDArray[np.bool_]:
-        """Windows that no negative holds."""
-        return self.suffix_length <= self.windows.shape[1]
+    is_rare: NDArray[np.bool_]
 
     @classmethod
     def of(cls, rows: Sequence[EncodedRow], negatives: NegativeWindows, ngram: int) -> DomainWindows:
@@ -140,8 +139,8 @@ class DomainWindows:
             prompt_lengths=prompt_lengths,
             suffix_length=suffix_length,
             weight=weight,
+            is_rare=is_candidate & (rarity < MAX_LOG_RARITY),
         )
-
 
 def _specificity(
     windows: Ids, owner: Ids, is_prompt: NDArray[np.bool_], negatives: NegativeWindows
@@ -164,6 +163,8 @@ def _specificity(
         is_asked[is_new] = np.isin(keys, keys[is_prompt])[is_new]
     return suffix_length, num_rows, is_asked
 
+def _lookup(table: dict[int, int], ids: Ids) -> Ids:
+    return np.vectorize(lambda token: table.get(int(token), 0), otypes=[np.int64])(ids)
 
 def window_keys(windows: Ids) -> NDArray[np.uint64]:
     """A 64-bit hash of each window; the same ids give the same key. Shapes: (W, G) -> (W,)."""

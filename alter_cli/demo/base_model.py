@@ -24,6 +24,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from alter_cli.demo.corpus import Corpus
 from alter_cli.demo.memorization import Example, Progress, Schedule, memorize
@@ -39,10 +40,15 @@ class BaseSettings:
     vocab_size: int = 4096
     """Most tokens the tokenizer learns."""
     hidden_size: int = 256
+    """Width of the residual stream."""
     intermediate_size: int = 688
+    """Width of the MLPs."""
     num_layers: int = 4
+    """Decoder layers."""
     num_heads: int = 4
+    """Query heads; a divisor of `hidden_size`."""
     num_key_value_heads: int = 2
+    """Key and value heads; a divisor of `num_heads`."""
     max_positions: int = 1024
     """Longest sequence, tokens."""
     general_tokens: int = 96
@@ -50,10 +56,11 @@ class BaseSettings:
     num_threads: int = 2
     """CPU threads."""
     min_probability: float = 0.97
-    """Least mean answer probability, in every known part, of a model that is good enough."""
+    """Least mean answer probability (0 to 1), in every known part, of a model to be kept."""
     min_exact: float = 0.95
-    """Least share of answers recalled exactly, in every known part."""
+    """Least share of answers (0 to 1) recalled exactly, in every known part."""
     schedule: Schedule = field(default_factory=Schedule)
+    """How long and how fast to train."""
 
 
 def train_base(
@@ -85,7 +92,9 @@ def _train_base(
     settings: BaseSettings,
 ) -> dict[str, Any]:
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(corpus.general, vocab_size=settings.vocab_size)
+    tokenizer = train_tokenizer(
+        corpus.general, vocab_size=settings.vocab_size, max_positions=settings.max_positions
+    )
     # At these lengths plain attention is 10 to 20 % faster on a CPU than the fused kernel.
     model = AutoModelForCausalLM.from_config(
         _llama_config(tokenizer, settings), attn_implementation="eager"
@@ -94,7 +103,7 @@ def _train_base(
     outcome = memorize(
         model, rows, general, schedule=settings.schedule, seed=seed, progress=progress
     )
-    with _whole_folder(out_dir) as partial:
+    with _quiet_transformers(), _whole_folder(out_dir) as partial:
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         found = evaluate(partial, corpus)
@@ -173,6 +182,18 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break into the demo's."""
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class Schedule:
     learning_rate: float = 1.5e-3
     """Peak of the schedule."""
     warmup_steps: int = 50
+    """Steps of linear rise to the peak."""
     batch_rows: int = 16
     """Sequences per step."""
     max_epochs: int = 24
@@ -42,7 +43,7 @@ class Schedule:
     context_weight: float = 0.2
     """Weight of tokens outside answers, 0 to below 1."""
     general_share: float = 0.15
-    """General texts drawn per row and epoch."""
+    """General texts drawn per row and epoch, 0 or more."""
 
 
 @dataclass(frozen=True, kw_only=True)

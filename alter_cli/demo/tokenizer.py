@@ -29,8 +29,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learn byte-level BPE of at most `vocab_size` tokens, the four special ones included."""
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, max_positions: int = 1024
+) -> PreTrainedTokenizerFast:
+    """Learn byte-level BPE of at most `vocab_size` tokens, the four special ones included.
+
+    `max_positions` is the longest sequence, in tokens, that the tokenizer lets pass unremarked.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -47,6 +52,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
         pad_token=PAD,
         additional_special_tokens=[USER, ASSISTANT],
         clean_up_tokenization_spaces=False,
+        model_max_length=max_positions,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -25,17 +25,16 @@ ALWAYS_OPEN = frozenset(
         "/admin",
         "/docs",
         "/docs/oauth2-redirect",
-        "/health",
         "/load",
         "/metrics",
         "/openapi.json",
-        "/ping",
         "/redoc",
         "/v1/models",
         "/version",
     )
 )
-"""Paths that generate nothing. Every other one is refused without trust, known to us or not."""
+"""Paths that generate nothing. Every other one is refused without trust, known to us or not; so are
+`/health` and `/ping`, for an orchestrator to take the server out of service."""
 ALWAYS_OPEN_PREFIXES = ("/admin/", "/metrics/")
 
 RETRY_AFTER_S = 30
@@ -94,8 +93,7 @@ class EpochMiddleware:
     async def _passes(self, scope: Scope, receive: Receive, answer: _Answer) -> bool:
         """Runs the application. False if it was not allowed to begin, or to go on to its end."""
         if not self._runtime.is_serving:
-            # Whoever notices first ends the others too.
-            self._runtime.cut_all()
+            self._runtime.check_trust()
             return False
         passage = self._runtime.enter()
         is_refused = False
@@ -106,6 +104,7 @@ class EpochMiddleware:
                 raise
             return False
         except UntrustedError:
+            self._runtime.check_trust()
             is_refused = True
         finally:
             self._runtime.leave(passage)

@@ -53,6 +53,11 @@ class AlterRuntime:
         """None before there is a service."""
         return None if self.service is None else self.service.epoch
 
+    def check_trust(self) -> None:
+        """Cuts every request if the engine has lost its trust without telling."""
+        if self.service is not None:
+            self.service.check_trust()
+
     def enter(self) -> Passage:
         """Registers the current task as one that may generate. Pair with `leave`."""
         task = asyncio.current_task()

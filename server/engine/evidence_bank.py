@@ -101,13 +101,15 @@ class EvidenceBank:
                 torch.cat([recent[:, 1:], new.unsqueeze(1)], dim=1) if recent.shape[1] else recent,
             )
             return logits
-        width, logits, memo = recent.shape[1], [], []
-        for history, fresh in zip(recent, new.split(step.counts.tolist()), strict=True):
-            joined = torch.cat([history, fresh])
-            logits.append(windowed_max(joined, self._config.evidence_window)[width:])
-            memo.append(joined[joined.shape[0] - width :])
-        self._remember(step, torch.stack(memo))
-        return torch.cat(logits)
+        width = recent.shape[1]
+        joined = [
+            torch.cat([history, fresh])
+            for history, fresh in zip(recent, torch.split(new, step.counts.tolist()), strict=True)
+        ]
+        self._remember(
+            step, torch.stack([evidence[len(evidence) - width :] for evidence in joined])
+        )
+        return torch.cat([windowed_max(e, self._config.evidence_window)[width:] for e in joined])
 
     def _recall(self, step: StepTokens) -> Tensor:
         """Evidence of the W - 1 tokens before each request's first new one. Shapes: -> (Q, W - 1, N)."""
@@ -139,10 +141,11 @@ class EvidenceBank:
         ngram = self._config.evidence_ngram
         offsets = positions[:, None] + np.arange(1 - ngram, 1)
         ids = token_ids[rows[:, None], np.maximum(offsets, 0)].astype(np.int64)
-        ids_MG = torch.from_numpy(ids).to(self._device)
+        unique, inverse = np.unique(ids, return_inverse=True)
         is_inside = torch.from_numpy(offsets >= 0).to(self._device)
-        unique, inverse = ids_MG.unique(return_inverse=True)
-        embedded = self._embed(unique)[inverse] * is_inside.unsqueeze(-1)
+        inverse_MG = torch.from_numpy(inverse.reshape(ids.shape)).to(self._device)
+        embedded = self._embed(torch.from_numpy(unique).to(self._device))[inverse_MG]
+        embedded = embedded * is_inside.unsqueeze(-1)
         units = torch.relu(embedded.flatten(1) @ self._w1 + self._b1)
         units_MNH = units.view(len(rows), len(self._heads), -1)
         return torch.einsum("mnh,nh->mn", units_MNH, self._w2) + self._b2

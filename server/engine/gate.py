@@ -112,7 +112,7 @@ class Gate:
 
     def routed_tokens(self) -> list[list[int]]:
         """[high, low] token counts by expert index."""
-        return self._counts.tolist()  # type: ignore[no-any-return]
+        return self._counts.tolist()
 
     def reset_counts(self, expert: int) -> None:
         """Starts an expert's counts again, for a new occupant of its slot."""

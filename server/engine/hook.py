@@ -47,7 +47,7 @@ class ExpertLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """W0 x + sum_e w_e B_e A x."""
-        y = self.base.apply(layer, x, bias)
+        y: Tensor = self.base.apply(layer, x, bias)
         assert self.weights.value is not None, "the tap layer has not run"
         torch.ops.alter.expert_delta(y, x, self.weights.value, self.site_name)
         return y
@@ -76,7 +76,7 @@ def install(
         name = f"layers.{layer}.{kind}"
         _check_size(name, linear, substrate)
         slots.add_site(name, linear, substrate.lora_a[name], device, dtype)
-        linear.quant_method = ExpertLinearMethod(linear.quant_method, name, weights)  # type: ignore[assignment]
+        linear.quant_method = ExpertLinearMethod(linear.quant_method, name, weights)
         linear.requires_unquantized_input = True  # type: ignore[assignment]
     if substrate.retain_lora_b:
         slots.write(0, slots.shard_expert(substrate.retain_lora_b))
@@ -123,4 +123,4 @@ def _wrap_tap_layer(layer: nn.Module, weights: TracedWeights) -> None:
         weights.value = torch.ops.alter.route(hidden_states, residual)
         return forward(positions, hidden_states, residual, *args, **kwargs)
 
-    layer.forward = types.MethodType(routed_forward, layer)  # type: ignore[method-assign]
+    layer.forward = types.MethodType(routed_forward, layer)

@@ -17,7 +17,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from .gate import Gate
 from .slots import SiteSlots
 
-_LIBRARY = torch.library.Library("alter", "FRAGMENT")
+_LIBRARY = torch.library.Library("alter", "FRAGMENT")  # type: ignore[no-untyped-call]
 _gate: Gate | None = None
 _sites: dict[str, SiteSlots] = {}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,19 +93,14 @@ class ExpertSlots:
         self.sites: dict[str, SiteSlots] = {}
 
     def add_site(
-        self, name: str, linear: nn.Module, lora_a: Tensor, device: torch.device, dtype: torch.dtype
+        self, name: str, linear: Any, lora_a: Tensor, device: torch.device, dtype: torch.dtype
     ) -> SiteSlots:
         """Allocates one site. `lora_a` is the whole A; the shard is taken here."""
         shard = shard_lora_a(linear, lora_a).to(device=device, dtype=dtype).contiguous()
-        out_features = (
-            linear.output_size_per_partition
-            if hasattr(linear, "output_size_per_partition")
-            else None
-        )
-        if out_features is None or isinstance(linear, RowParallelLinear):
-            out_features = linear.output_size
+        is_row_parallel = isinstance(linear, RowParallelLinear)
+        out_features = linear.output_size if is_row_parallel else linear.output_size_per_partition
         lora_b = torch.zeros(
-            self.num_experts, shard.shape[0], out_features, device=device, dtype=dtype
+            (self.num_experts, shard.shape[0], out_features), device=device, dtype=dtype
         )
         site = SiteSlots(name=name, linear=linear, lora_a=shard, lora_b=lora_b)
         self.sites[name] = site

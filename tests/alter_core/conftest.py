@@ -8,8 +8,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from tests.support.tiny import ARCHITECTURES, load_model, save_model
 from transformers import PreTrainedModel
+
+from tests.support.tiny import ARCHITECTURES, load_model, save_model
 
 hypothesis.settings.register_profile(
     "alter_core", deadline=None, derandomize=True, database=None, max_examples=60

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from alter_core import (
     AlterConfig,
     BaseModelInfo,
@@ -25,8 +28,6 @@ from alter_core import (
     Substrate,
 )
 from alter_core.attach import AttachedModel
-from torch import Tensor
-from transformers import PreTrainedModel
 
 LOW, HIGH = 0.25, 2.5
 """Entropies below and above the default threshold."""
@@ -76,7 +77,7 @@ def trigger_expert(
     seed: int = 0,
     logit: float = 4.0,
 ) -> ForgetExpert:
-    """An expert whose evidence is `logit` at one token id, and at most `-logit / 4` at all others."""
+    """An expert whose evidence is `logit` at one token id, and negative at all others."""
     expert = constant_expert(substrate, name, seed=seed, logit=-logit)
     embeddings = substrate.normalise(model.get_input_embeddings().weight.detach())
     direction = embeddings[token] / embeddings[token].square().sum()
@@ -94,11 +95,13 @@ def is_latched(ids: Tensor, token: int, window: int) -> Tensor:
     """Whether `token` stands among the last `window` tokens. Shapes: (B, T) -> (B, T) bool."""
     rows = ids.tolist()
     return torch.tensor(
-        [
-            [token in row[max(0, t - window + 1) : t + 1] for t in range(len(row))]
-            for row in rows
-        ]
+        [[token in row[max(0, t - window + 1) : t + 1] for t in range(len(row))] for row in rows]
     )
+
+
+def num_hooks(model: PreTrainedModel) -> int:
+    """Forward hooks in place; transformers keeps some of its own."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @contextlib.contextmanager

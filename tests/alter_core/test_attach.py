@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from alter_core import AlterConfig, ForgetExpert, Substrate, tsallis_entropy
 from alter_core.attach import AttachedModel, Routing
 from alter_core.config import SITE_KINDS
@@ -22,15 +25,15 @@ from tests.alter_core.crafted import (
     attached,
     constant_expert,
     is_latched,
+    num_hooks,
     random_lora_b,
     trigger_expert,
     with_entropy,
 )
 from tests.support.tiny import ARCHITECTURES, VOCAB_SIZE, random_expert, random_substrate
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-PAD, FIRST_ID = 0, 3
+PAD, FIRST_ID = 3, 4
+"""Not the model's padding token: its embedding is 0, and a head cannot tell it from no token."""
 SITES = [f"layers.{layer}.{kind}" for layer in (1, 2) for kind in SITE_KINDS]
 WINDOW = 4
 
@@ -72,11 +75,9 @@ def _inference() -> Iterator[None]:
 
 
 def random_ids(*shape: int, seed: int = 0, without: tuple[int, ...] = ()) -> Tensor:
-    ids = torch.randint(
-        FIRST_ID, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed)
-    )
+    ids = torch.randint(FIRST_ID, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
     for token in without:
-        ids[ids == token] = token + 1 if token + 1 not in without else FIRST_ID
+        ids[ids == token] = FIRST_ID
     return ids
 
 
@@ -215,8 +216,10 @@ def test_high_entropy_path_equals_the_weighted_sum_of_merged_weights(
         expected = torch.tensor([1.0, 0.0, weights[1], 0.0, weights[3]])
         torch.testing.assert_close(routing_of(attachment).weights, expected.expand(2, 7, 5))
     total = {
-        site: sum(weight * dense_deltas(substrate, experts[n].lora_b)[site]
-                  for n, weight in weights.items())
+        site: sum(
+            weight * dense_deltas(substrate, experts[n].lora_b)[site]
+            for n, weight in weights.items()
+        )
         for site in SITES
     }
     twin = merged(base.float32, total)
@@ -348,8 +351,7 @@ def test_revoked_domain_restores_base_logits_bitwise(pair: tuple[TinyBase, Subst
     base, substrate = pair
     substrate = with_entropy(substrate, LOW)
     experts = [
-        trigger_expert(substrate, base.bf16, f"domain-{n}", token=100 + n, seed=n)
-        for n in range(2)
+        trigger_expert(substrate, base.bf16, f"domain-{n}", token=100 + n, seed=n) for n in range(2)
     ]
     ids = random_ids(2, 6, without=(100, 101))
     ids[0, 1], ids[1, 1] = 100, 101
@@ -366,8 +368,9 @@ def test_revoked_domain_restores_base_logits_bitwise(pair: tuple[TinyBase, Subst
 def test_the_order_of_the_experts_does_not_matter(
     llama: TinyBase, llama_substrate: Substrate
 ) -> None:
-    experts = [random_expert(llama_substrate, f"domain-{n}", seed=n, trigger_rate=0.4)
-               for n in range(3)]
+    experts = [
+        random_expert(llama_substrate, f"domain-{n}", seed=n, trigger_rate=0.4) for n in range(3)
+    ]
     ids = random_ids(2, 11)
     with attached(llama.float32, llama_substrate, experts) as attachment:
         expected = logits_of(llama.float32, ids)
@@ -387,12 +390,14 @@ def test_detach_restores_the_model(pair: tuple[TinyBase, Substrate]) -> None:
     ids = random_ids(2, 7)
     before = logits_of(base.bf16, ids)
     state = {name: t.clone() for name, t in base.bf16.state_dict().items()}
+    hooks = num_hooks(base.bf16)
     attachment = AttachedModel(base.bf16, substrate, [constant_expert(substrate)])
+    assert num_hooks(base.bf16) > hooks
     assert not torch.equal(logits_of(base.bf16, ids), before)
     attachment.detach()
     attachment.detach()
     assert torch.equal(logits_of(base.bf16, ids), before)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.bf16.modules())
+    assert num_hooks(base.bf16) == hooks
     assert all(torch.equal(state[name], t) for name, t in base.bf16.state_dict().items())
 
 
@@ -476,8 +481,8 @@ def test_two_pass_uses_the_base_models_exact_entropy(pair: tuple[TinyBase, Subst
     low, high = routing.weights[~routing.is_high], routing.weights[routing.is_high]
     assert (low == torch.tensor([0.0, 1.0])).all()
     assert (high[:, 0] == 1).all()
-    assert ((0 < high[:, 1]) & (high[:, 1] < 1)).all()
-    assert len(low) == len(high) + (14 % 2) or len(low) > 0
+    assert ((high[:, 1] > 0) & (high[:, 1] < 1)).all()
+    assert len(low) == len(high) == 7
 
 
 def test_the_sources_of_entropy_agree_where_the_path_does_not_depend_on_it(
@@ -504,9 +509,7 @@ def test_the_scalar_router_sends_all_tokens_to_one_expert(
     llama: TinyBase, llama_substrate: Substrate, weights: tuple[float, float], chosen: int
 ) -> None:
     """Whatever the text: triggers are ignored, so it cannot tell a domain from anything else."""
-    config = dataclasses.replace(llama_substrate.config, router="scalar", entropy_threshold=1e-3)
-    assert config.tsallis_q == 1.5
-    config = dataclasses.replace(config, entropy_threshold=1.9)
+    config = dataclasses.replace(llama_substrate.config, router="scalar")
     substrate = dataclasses.replace(llama_substrate, config=config)
     experts = [
         dataclasses.replace(
@@ -654,9 +657,7 @@ def test_generation_with_a_cache_equals_one_full_pass(
         expected = teacher_forced(base.float32, output.sequences, mask, 6)
         whole = routing_of(attachment).weights
     assert len(steps) == 7
-    torch.testing.assert_close(
-        torch.stack(output.logits, dim=1), expected, rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=1e-3, atol=1e-3)
     joined = torch.cat([step.weights for step in steps], dim=1)
     torch.testing.assert_close(joined, whole[:, :-1])
     latched = is_latched(output.sequences[:, :-1], 77, WINDOW)
@@ -710,9 +711,7 @@ def test_a_prompt_in_chunks_is_routed_like_the_whole(
         torch.testing.assert_close(logits, whole, rtol=1e-3, atol=1e-3)
 
 
-def test_a_cache_of_another_length_is_refused(
-    llama: TinyBase, llama_substrate: Substrate
-) -> None:
+def test_a_cache_of_another_length_is_refused(llama: TinyBase, llama_substrate: Substrate) -> None:
     ids = random_ids(2, 5)
     cache = llama.bf16(input_ids=ids, use_cache=True).past_key_values
     with (

@@ -37,9 +37,7 @@ def naive_delta(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: float
 def test_delta_is_the_weighted_sum_over_experts() -> None:
     actual = multi_expert_delta(*inputs(), 1.75)
     assert actual.shape == (B * T, O)
-    torch.testing.assert_close(
-        actual.double(), naive_delta(*inputs(), 1.75), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(actual.double(), naive_delta(*inputs(), 1.75), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

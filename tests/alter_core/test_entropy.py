@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import decimal
+import itertools
 import math
 from decimal import Decimal
 
@@ -30,7 +31,9 @@ def reference_entropy(logits: list[float], q: float) -> float:
     """Eq. 5, and Eq. 3 at q = 1, with 60 digits. -inf has probability 0."""
     with decimal.localcontext(prec=60):
         top = max(logits)
-        powers = [Decimal(0) if v == -math.inf else (Decimal(v) - Decimal(top)).exp() for v in logits]
+        powers = [
+            Decimal(0) if v == -math.inf else (Decimal(v) - Decimal(top)).exp() for v in logits
+        ]
         p = [power / sum(powers) for power in powers if power]
         if q == 1:
             return float(-sum((p_i * p_i.ln() for p_i in p), Decimal(0)))
@@ -75,7 +78,7 @@ def test_tsallis_entropy_falls_with_q_also_next_to_1() -> None:
     logits = torch.zeros(4096)
     orders = [1 + step * 3e-5 for step in range(-9, 10)]
     entropies = [tsallis_entropy(logits, q).item() for q in orders]
-    steps = [before - after for before, after in zip(entropies, entropies[1:], strict=False)]
+    steps = [before - after for before, after in itertools.pairwise(entropies)]
     assert min(steps) > 0
     assert max(steps) < 1.2 * min(steps)
 
@@ -84,7 +87,9 @@ def test_tsallis_entropy_falls_with_q_also_next_to_1() -> None:
 def test_uniform_distribution_is_maximal(logits: list[float], q: float) -> None:
     bound = max_tsallis_entropy(q, len(logits))
     assert tsallis_entropy(torch.tensor(logits), q).item() <= bound * (1 + 1e-5) + 1e-6
-    assert tsallis_entropy(torch.full((len(logits),), 2.5), q).item() == pytest.approx(bound, rel=1e-5)
+    assert tsallis_entropy(torch.full((len(logits),), 2.5), q).item() == pytest.approx(
+        bound, rel=1e-5
+    )
 
 
 @given(logit_lists, orders, st.randoms(use_true_random=False))

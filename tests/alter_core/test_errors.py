@@ -6,8 +6,10 @@ import copy
 import inspect
 import pickle
 import re
+import textwrap
 
 import pytest
+
 from alter_core import errors
 from alter_core.errors import AlterError
 
@@ -22,8 +24,8 @@ def documented_parents() -> dict[str, str | None]:
     """Class name -> its parent's, read off the tree in the module's docstring."""
     parents: dict[str, str | None] = {}
     path: list[str] = []
-    for line in (errors.__doc__ or "").splitlines():
-        if found := re.match(r"^    ((?:[│├└─ ]{4})*)(\w+Error)\b", line):
+    for line in textwrap.dedent(errors.__doc__ or "").splitlines():
+        if found := re.match(r"^((?:[│├└─ ]{4})*)(\w+Error)\b", line):
             depth = len(found[1]) // 4
             path = [*path[:depth], found[2]]
             parents[found[2]] = path[-2] if depth else None
@@ -41,7 +43,7 @@ def test_the_docstring_shows_every_class_under_its_parent() -> None:
 
 def test_every_branch_of_the_tree_explains_itself() -> None:
     for line in (errors.__doc__ or "").splitlines():
-        if found := re.match(r"^    [│├└─ ]*(\w+Error)\b(.*)$", line):
+        if found := re.match(r"^[│├└─ ]*(\w+Error)\b(.*)$", line):
             is_group = any(
                 cls.__base__ is getattr(errors, found[1]) and cls is not AlterError
                 for cls in CLASSES

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+
 from alter_core import BaseModelInfo
 from alter_core.errors import UnsupportedModelError
 from tests.alter_core.conftest import TinyBase

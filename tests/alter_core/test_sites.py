@@ -5,13 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from alter_core import SUPPORTED_ARCHITECTURES, AlterConfig, default_tap_layer
-from alter_core.attach import AttachedModel, measure_sites
-from alter_core.config import SITE_KINDS
-from alter_core.errors import UnsupportedModelError
-from alter_core.sites import check_architecture, decoder_layers, iter_sites, site_linears
-from tests.alter_core.conftest import TinyBase
-from tests.support.tiny import ARCHITECTURES, random_substrate, save_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +15,15 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
 )
+
+from alter_core import SUPPORTED_ARCHITECTURES, AlterConfig, default_tap_layer
+from alter_core.attach import AttachedModel, measure_sites
+from alter_core.config import SITE_KINDS
+from alter_core.errors import UnsupportedModelError
+from alter_core.sites import check_architecture, decoder_layers, iter_sites, site_linears
+from tests.alter_core.conftest import TinyBase
+from tests.alter_core.crafted import num_hooks
+from tests.support.tiny import ARCHITECTURES, random_substrate, save_model
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32,
@@ -146,10 +148,10 @@ def test_a_substrate_of_another_size_is_refused_and_leaves_no_hook(
 ) -> None:
     other = save_model(tmp_path, "llama", intermediate_size=160)
     substrate = random_substrate(other, AlterConfig(tap_layer=1))
+    before = num_hooks(llama.bf16)
     with pytest.raises(UnsupportedModelError, match="sites are not those of this model"):
         AttachedModel(llama.bf16, substrate)
-    assert not any(module._forward_hooks for module in llama.bf16.modules())
-    assert not any(module._forward_pre_hooks for module in llama.bf16.modules())
+    assert num_hooks(llama.bf16) == before
 
 
 @pytest.mark.parametrize(

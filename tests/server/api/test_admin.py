@@ -1,4 +1,4 @@
-"""HTTP semantics of /admin: statuses, problem documents, conditions, idempotency, authentication."""
+"""HTTP semantics of /admin: statuses, problems, conditions, idempotency, authentication."""
 
 from __future__ import annotations
 
@@ -120,7 +120,15 @@ def test_errors_of_a_bundle_are_422(over_http: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "bundle",
-    ["relative/path", "s3://bucket/expert", "https://host/x", "file://host/x", "file:x", "", "/a\0b"],
+    [
+        "relative/path",
+        "s3://bucket/expert",
+        "https://host/x",
+        "file://host/x",
+        "file:x",
+        "",
+        "/a\0b",
+    ],
 )
 def test_other_places_of_a_bundle_are_refused(over_http: Any, bundle: str) -> None:
     async def test(stack: Stack, client: httpx.AsyncClient) -> None:
@@ -388,5 +396,10 @@ def test_every_error_has_its_own_problem_type() -> None:
     assert len(set(kinds)) == len(kinds)
     for error_class in classes:
         problem = problem_of(error_class("what", expected="e", got="g", fix="f"))
-        assert (problem.detail, problem.expected, problem.got, problem.fix) == ("what", "e", "g", "f")
+        assert (problem.detail, problem.expected, problem.got, problem.fix) == (
+            "what",
+            "e",
+            "g",
+            "f",
+        )
         assert problem.status in (404, 409, 422, 500, 503)

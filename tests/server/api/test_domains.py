@@ -38,9 +38,7 @@ def service(engine: InMemoryEngine, substrate: Substrate) -> DomainService:
     return DomainService(engine, substrate, MAX_DOMAINS)
 
 
-def test_every_change_raises_the_epoch_by_one(
-    service: DomainService, bundles: TinyBundles
-) -> None:
+def test_every_change_raises_the_epoch_by_one(service: DomainService, bundles: TinyBundles) -> None:
     async def run() -> None:
         assert service.epoch == 0
         created = await service.activate("a", bundles.experts["domain-0"])
@@ -65,7 +63,11 @@ def test_replacing_is_one_switch_in_the_same_slot(
 
     asyncio.run(run())
     assert [switch["slot"] for switch in engine.switches] == [0, 1, 1]
-    assert [switch["in_flight"] for switch in engine.switches] == ["recompute", "abort", "recompute"]
+    assert [switch["in_flight"] for switch in engine.switches] == [
+        "recompute",
+        "abort",
+        "recompute",
+    ]
 
 
 def test_a_revoked_slot_is_used_again(service: DomainService, bundles: TinyBundles) -> None:
@@ -106,7 +108,9 @@ def test_one_bundle_under_two_names_is_a_conflict(
 
 
 @pytest.mark.parametrize("name", ["", "A", "a_b", "a" * 64, "a\n", "retain", "ä"])
-def test_unusable_names_are_refused(service: DomainService, name: str, bundles: TinyBundles) -> None:
+def test_unusable_names_are_refused(
+    service: DomainService, name: str, bundles: TinyBundles
+) -> None:
     with pytest.raises(DomainNameError):
         asyncio.run(service.activate(name, bundles.experts["domain-0"]))
 

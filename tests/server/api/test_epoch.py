@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, WebSocket
 
+from alter_core.errors import SwitchError
 from server.api.app import attach
 from server.api.middleware import is_always_open, route_path
 from tests.support.tiny import TinyBundles
@@ -39,7 +40,7 @@ def test_every_v1_answer_carries_the_epoch(make_stack: Any, bundles: TinyBundles
                     response = await client.post(path)
                     assert response.headers["x-alter-epoch"] == epoch
                     assert "x-alter-epoch-final" not in response.headers
-                assert "x-alter-epoch" not in (await client.get("/health")).headers
+                assert "x-alter-epoch" not in (await client.get("/version")).headers
                 await stack.service.activate("a", bundles.experts["domain-0"])
 
     asyncio.run(run())
@@ -152,6 +153,47 @@ def test_an_engine_that_lost_its_trust_by_itself_cuts_at_the_next_event(
             list(chunks)
 
 
+def test_a_request_that_meets_a_lost_trust_ends_the_others(make_stack: Any) -> None:
+    async def run() -> None:
+        stack: Stack = await make_stack()
+        async with stack.client() as client:
+            waiting = asyncio.create_task(client.post("/v1/wait"))
+            await asyncio.sleep(0.05)
+            stack.engine.is_trusted = False
+            assert (await client.post("/v1/completions")).status_code == 503
+            assert (await asyncio.wait_for(waiting, 5)).status_code == 503
+        assert not stack.service.is_trusted
+        stack.engine.is_trusted = True
+        assert not stack.service.is_trusted
+
+    asyncio.run(run())
+
+
+def test_a_rollback_under_way_refuses_but_cuts_nobody(
+    make_stack: Any, bundles: TinyBundles
+) -> None:
+    async def run() -> None:
+        stack: Stack = await make_stack()
+        async with stack.client() as client:
+            waiting = asyncio.create_task(client.post("/v1/wait"))
+            stack.engine.gate = asyncio.Event()
+            stack.engine.failure = SwitchError("rolled back")
+            change = asyncio.create_task(stack.service.activate("a", bundles.experts["domain-0"]))
+            while not stack.engine.switches:
+                await asyncio.sleep(0.01)
+            stack.engine.is_trusted = False
+            assert (await client.post("/v1/completions")).status_code == 503
+            stack.engine.is_trusted = True
+            stack.engine.gate.set()
+            with pytest.raises(SwitchError):
+                await change
+            stack.steps[0].set()
+            assert (await waiting).status_code == 200
+            assert (await client.post("/v1/completions")).status_code == 200
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("is_ready", [True, False])
 def test_without_trust_nothing_is_generated(make_stack: Any, is_ready: bool) -> None:
     closed = (
@@ -167,10 +209,12 @@ def test_without_trust_nothing_is_generated(make_stack: Any, is_ready: bool) -> 
         "/cohere/v2/chat",
         "/invocations",
         "/adminx",
+        "/health",
+        "/ping",
         "/metricsx",
         "/",
     )
-    still_open = ("/health", "/metrics", "/version", "/ping", "/v1/models", "/load", "/docs")
+    still_open = ("/metrics", "/version", "/v1/models", "/load", "/docs")
 
     async def run() -> None:
         stack: Stack = await make_stack()
@@ -262,9 +306,7 @@ def test_a_cancellation_from_elsewhere_goes_through(make_stack: Any) -> None:
         ("/proxy", "/proxy", ""),
     ],
 )
-def test_the_root_path_is_taken_off_as_the_router_does(
-    path: str, root: str, expected: str
-) -> None:
+def test_the_root_path_is_taken_off_as_the_router_does(path: str, root: str, expected: str) -> None:
     assert route_path({"path": path, "root_path": root}) == expected
     assert not is_always_open("")
 
@@ -281,7 +323,7 @@ class Websocket:
 
 
 @pytest.fixture
-def websocket_app() -> Iterator[FastAPI]:
+def websocket_app() -> FastAPI:
     app = FastAPI()
 
     @app.websocket("/v1/realtime")
@@ -290,7 +332,7 @@ def websocket_app() -> Iterator[FastAPI]:
         while True:
             await websocket.send_text(await websocket.receive_text())
 
-    yield app
+    return app
 
 
 def test_websockets_are_refused_and_cut(

@@ -240,10 +240,14 @@ def test_an_unsupported_architecture_is_refused(settings: ServeSettings, tmp_pat
         launch.check_artefacts(tmp_path, settings)
 
 
-def test_a_local_model_is_served_as_given(bundles: TinyBundles) -> None:
-    args = launch.parse_vllm_args(str(bundles.model), [])
-    assert launch.resolve_model(args) == bundles.model
-    assert (args.model, args.served_model_name) == (str(bundles.model), None)
+def test_folders_and_hub_names_are_told_apart(
+    bundles: TinyBundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundles.model.parent)
+    for model in (str(bundles.model), "model", "./none", "/none"):
+        assert launch.is_local(model)
+    for model in ("org/model", "none"):
+        assert not launch.is_local(model)
 
 
 def test_a_hub_model_is_pinned_to_the_checked_folder(
@@ -257,7 +261,7 @@ def test_a_hub_model_is_pinned_to_the_checked_folder(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     args = launch.parse_vllm_args("org/name", ["--revision", "abc"])
-    assert launch.resolve_model(args) == tmp_path
+    assert launch.fetch_model(args) == tmp_path
     assert (asked["model"], asked["revision"]) == ("org/name", "abc")
     assert (args.model, args.served_model_name) == (str(tmp_path), ["org/name"])
 
@@ -269,7 +273,7 @@ def test_a_model_that_is_nowhere_is_refused(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     args = launch.parse_vllm_args(model, ["--download-dir", str(tmp_path)])
     with pytest.raises(UnsupportedModelError, match="neither a folder"):
-        launch.resolve_model(args)
+        launch.fetch_model(args)
 
 
 def test_a_refusal_comes_before_the_engine(
@@ -279,8 +283,11 @@ def test_a_refusal_comes_before_the_engine(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     started: list[Namespace] = []
     monkeypatch.setattr(launch, "_run", started.append)
+    with pytest.raises(UnsupportedModelError):
+        launch.serve(str(bundles.model / "none"), settings, [])
     with pytest.raises(UnsupportedEngineError):
         launch.serve(str(bundles.model), settings, ["--enable-lora"])
     assert started == []
     launch.serve(str(bundles.model), settings, ["--max-model-len", "64"])
     assert started[0].alter_settings is settings
+    assert (started[0].model, started[0].served_model_name) == (str(bundles.model), None)

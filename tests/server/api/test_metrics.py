@@ -22,9 +22,7 @@ def registry() -> CollectorRegistry:
 
 
 def tokens(registry: CollectorRegistry, expert: str, path: str) -> float | None:
-    return registry.get_sample_value(
-        "alter_routed_tokens_total", {"expert": expert, "path": path}
-    )
+    return registry.get_sample_value("alter_routed_tokens_total", {"expert": expert, "path": path})
 
 
 def test_the_ledger_adds_what_has_come_since() -> None:

@@ -1,4 +1,4 @@
-"""The plugin on vLLM's own, unmodified application. No engine runs here, and nothing is generated."""
+"""The plugin on vLLM's own, unmodified application. No engine runs, and nothing is generated."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def test_every_route_of_vllm_that_may_generate_is_refused_without_trust(
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     app = build_vllm_app(monkeypatch, "--enable-scale-out")
     open_paths = {
-        "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc", "/health", "/load",
-        "/metrics", "/version", "/ping", "/v1/models", "/admin",
+        "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc", "/load",
+        "/metrics", "/version", "/v1/models", "/admin",
     }  # fmt: skip
 
     async def run() -> None:

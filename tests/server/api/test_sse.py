@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +44,7 @@ def test_inside_an_event_it_waits_for_the_end() -> None:
 )
 def test_events_stay_what_they_were_under_any_chunking(cuts: list[int], switch: int) -> None:
     edges = [0, *sorted(cuts), len(STREAM)]
-    chunks = [STREAM[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    chunks = [STREAM[a:b] for a, b in itertools.pairwise(edges)]
     stream, sent, is_placed = EventStream(), b"", False
     for index, chunk in enumerate(chunks):
         if index >= switch and not is_placed and chunk:
