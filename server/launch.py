@@ -27,6 +27,7 @@ from alter_core.errors import (
 )
 from alter_core.fingerprint import BaseModelInfo
 from alter_core.substrate import ForgetExpert, Substrate
+from server.engine.base import check_servable
 from server.settings import ServeSettings
 
 PLUGIN = "alter"
@@ -273,9 +274,10 @@ def fetch_model(args: Namespace) -> Path:
 def check_artefacts(model: Path, settings: ServeSettings) -> Substrate:
     """Reads and verifies the substrate against the model, and every start-up expert against both.
 
-    Raises: UnsupportedModelError, BundleError, DomainConflictError.
+    Raises: UnsupportedModelError, UnsupportedEngineError, BundleError, DomainConflictError.
     """
     substrate = Substrate.read(settings.substrate, BaseModelInfo.from_folder(model))
+    check_servable(substrate.config)
     names: dict[str, str] = {}
     for name, folder in settings.domains.items():
         digest = str(ForgetExpert.read(folder, substrate).digest)

@@ -6,8 +6,23 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, Protocol
 
+from alter_core.config import AlterConfig
+from alter_core.errors import UnsupportedEngineError
+
 InFlight = Literal["recompute", "abort"]
 """What happens to running requests at a switch: recomputed under the new experts, or aborted."""
+
+
+def check_servable(config: AlterConfig) -> None:
+    """Raises: UnsupportedEngineError for readings of the method that exist for ablation only."""
+    if config.router != "evidence" or config.entropy_source != "estimator":
+        raise UnsupportedEngineError(
+            "This substrate is for the reference path only",
+            expected="router 'evidence' with entropy_source 'estimator'",
+            got=f"router {config.router!r} with entropy_source {config.entropy_source!r}",
+            fix="The scalar router cannot route, and two passes need a second set of keys and "
+            "values; train the substrate with the defaults to serve it.",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from alter_core.sites import check_architecture, decoder_layers, iter_sites
 from alter_core.substrate import Substrate
 
 from . import ops
+from .base import check_servable
 from .evidence_bank import EvidenceBank
 from .gate import Gate
 from .slots import ExpertSlots
@@ -66,9 +67,11 @@ def install(
 ) -> tuple[Gate, ExpertSlots]:
     """Attaches the substrate to a loaded model; every domain slot starts empty.
 
-    Raises: UnsupportedModelError if a site of the substrate has no counterpart in the model.
+    Raises: UnsupportedModelError if a site of the substrate has no counterpart in the model;
+    UnsupportedEngineError if the substrate is not one to serve.
     """
     check_architecture(architecture)
+    check_servable(substrate.config)
     slots = ExpertSlots(max_domains=max_domains)
     weights = TracedWeights()
     for layer, kind, linears in iter_sites(model, substrate.config):

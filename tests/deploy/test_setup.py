@@ -168,7 +168,7 @@ def test_a_failing_upgrade_leaves_no_stamp(checkout: Checkout) -> None:
 def test_a_missing_cpu_build_of_torch_says_where_to_look(checkout: Checkout) -> None:
     done = checkout.setup(STUB_FAIL="torch==2.13.0+cpu")
     assert done.returncode == 1
-    assert "set TORCH_INDEX_URL" in done.stderr
+    assert "Set TORCH_INDEX_URL" in done.stderr
 
 
 def test_torch_index_url_is_handed_to_pip(checkout: Checkout) -> None:
