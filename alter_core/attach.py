@@ -215,7 +215,7 @@ class AttachedModel:
                 continue
             scale = weights[..., index, None] * self.substrate.config.scaling
             gated = (self._shrink(site, x) * scale).to(x.dtype)
-            delta = gated @ lora_b[start:stop].to(x.dtype).T
+            delta = gated @ lora_b[start:stop].to(x).T
             total = delta if total is None else total + delta
         return total
 
@@ -223,7 +223,7 @@ class AttachedModel:
         """A x, computed once for the linears that read the same x."""
         cached = self._shrunk.get(site)
         if cached is None or cached[0] is not x:
-            cached = (x, x @ self.substrate.lora_a[site].to(x.dtype).T)
+            cached = (x, x @ self.substrate.lora_a[site].to(x).T)
             self._shrunk[site] = cached
         return cached[1]
 

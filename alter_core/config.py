@@ -45,7 +45,7 @@ class AlterConfig:
     """Forget experts that a high-entropy token may combine."""
     evidence_window: int = 64
     """Tokens for which a piece of evidence keeps its domain routed."""
-    evidence_ngram: int = 3
+    evidence_ngram: int = 5
     """Consecutive token embeddings that one evidence score reads."""
     evidence_units: int = 64
     """Hidden units of an evidence head."""

@@ -48,7 +48,11 @@ class BaseModel:
 
 
 def load_base_model(
-    folder: Path, *, device: str = "auto", mixed_precision: str = "no", has_double_backward: bool = False
+    folder: Path,
+    *,
+    device: str = "auto",
+    mixed_precision: str = "no",
+    has_double_backward: bool = False,
 ) -> BaseModel:
     """Loads a model folder in its own dtype, frozen.
 
@@ -80,7 +84,10 @@ def _accelerator(device: str, mixed_precision: str) -> Accelerator:
         raise ConfigError("device is unknown", expected="auto, cpu or cuda", got=device)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "There is no CUDA device", expected="one that torch can see", got="none", fix="Use --device cpu."
+            "There is no CUDA device",
+            expected="one that torch can see",
+            got="none",
+            fix="Use --device cpu.",
         )
     if mixed_precision not in ("no", "bf16"):
         raise ConfigError("mixed_precision is unknown", expected="no or bf16", got=mixed_precision)

@@ -58,7 +58,9 @@ def make_batch(rows: Sequence[EncodedRow], indices: Sequence[int], pad_id: int) 
     for place, row in enumerate(chosen):
         ids = torch.tensor(row.ids)
         input_ids[place, : len(ids)] = ids
-        labels[place, : len(ids) - 1] = torch.where(torch.tensor(row.is_answer[1:]), ids[1:], IGNORED)
+        labels[place, : len(ids) - 1] = torch.where(
+            torch.tensor(row.is_answer[1:]), ids[1:], IGNORED
+        )
     lengths = torch.tensor([len(row.ids) for row in chosen])
     attention_mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
     return Batch(

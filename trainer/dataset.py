@@ -136,13 +136,17 @@ def _read_file(path: Path) -> list[Row]:
     if lines[-1] == b"":
         lines.pop()
     if not lines:
-        raise TrainingDataError(f"The training file {path} is empty", expected=_EXPECTED, got="nothing")
+        raise TrainingDataError(
+            f"The training file {path} is empty", expected=_EXPECTED, got="nothing"
+        )
     return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
 
 
 def _parse(path: Path, number: int, line: bytes) -> Row:
     def refuse(problem: str, got: str) -> TrainingDataError:
-        return TrainingDataError(f"{path.name} line {number}: {problem}", expected=_EXPECTED, got=got)
+        return TrainingDataError(
+            f"{path.name} line {number}: {problem}", expected=_EXPECTED, got=got
+        )
 
     if not line.strip():
         raise refuse("the line is empty", "nothing")
@@ -198,7 +202,9 @@ def _encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> li
         ids = tokenizer(row.turns[0][1])["input_ids"]
         if len(ids) < 2:
             raise TrainingDataError(
-                f"{row.place}: the text is too short", expected="at least 2 tokens", got=str(len(ids))
+                f"{row.place}: the text is too short",
+                expected="at least 2 tokens",
+                got=str(len(ids)),
             )
         return [
             EncodedRow(ids=tuple(piece), is_answer=(True,) * len(piece))

@@ -89,7 +89,9 @@ def greedy_completions(
 
 
 def rouge_l_recall(
-    tokenizer: PreTrainedTokenizerBase, references: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
+    tokenizer: PreTrainedTokenizerBase,
+    references: Sequence[Sequence[int]],
+    found: Sequence[Sequence[int]],
 ) -> list[float]:
     """ROUGE-L recall of each completion against its reference answer, both as token ids."""
     from rouge_score.rouge_scorer import RougeScorer

@@ -118,6 +118,7 @@ def train_evidence(
     training = _EvidenceTraining(embeddings, rows, negatives, config, settings, seed)
     for step in range(settings.num_steps):
         progress(training.step(step))
+    training.finish()
     head = training.head.requires_grad_(False)
     return head, training.calibration
 
@@ -175,7 +176,8 @@ class _EvidenceTraining:
         if step == num_before:
             self._calibrate()
             self.pool = self.all_negatives
-        if step % _MINE_EVERY == 0 or step == num_before:
+        mine_every = _MINE_EVERY if step < num_before else _MINE_EVERY // 2
+        if step % mine_every == 0 or step == num_before:
             scores = self.scorer.all(self.pool)
             self.hard = self.pool[scores.topk(min(_HARD_POOL, len(scores))).indices]
         if step < settings.pointwise_steps:
@@ -186,7 +188,9 @@ class _EvidenceTraining:
         negative = F.softplus(self.scorer(self._negative_batch()) + settings.margin).mean()
         loss = positive + settings.negative_weight * negative
         if not torch.isfinite(loss):
-            raise TrainingError("The evidence loss is not finite", expected="a number", got=str(loss.item()))
+            raise TrainingError(
+                "The evidence loss is not finite", expected="a number", got=str(loss.item())
+            )
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -204,7 +208,9 @@ class _EvidenceTraining:
         chosen = torch.randint(len(self.bags), (_BAG_BATCH,), generator=self.generator)
         bags_NK = self.bags[chosen]
         is_there = bags_NK >= 0
-        keep = is_there & (torch.rand(bags_NK.shape, generator=self.generator) >= self.settings.bag_dropout)
+        keep = is_there & (
+            torch.rand(bags_NK.shape, generator=self.generator) >= self.settings.bag_dropout
+        )
         keep = torch.where(keep.any(dim=1, keepdim=True), keep, is_there)
         scores = self.scorer(self._vary(bags_NK[keep], share=0.3))
         scores_NK = torch.full(bags_NK.shape, NO_EVIDENCE).masked_scatter(keep, scores)
@@ -258,32 +264,42 @@ class _EvidenceTraining:
     def _split(self, texts: Sequence[Sequence[int]], ngram: int) -> tuple[list[Tensor], Tensor]:
         """(windows of each text kept aside, distinct windows of the others)."""
         is_held = torch.rand(len(texts), generator=self.generator) < self.settings.holdout
-        held = [torch.from_numpy(windows_of(t, ngram)) for t, out in zip(texts, is_held, strict=True) if out]
+        held = [
+            torch.from_numpy(windows_of(t, ngram))
+            for t, out in zip(texts, is_held, strict=True)
+            if out
+        ]
         rest = [t for t, out in zip(texts, is_held, strict=True) if not out]
         kept = NegativeWindows.of(rest or texts, ngram).windows
         return held, torch.from_numpy(kept)
 
     def _calibrate(self) -> None:
-        """Moves the bias so that the highest score of any held-out text stays below 0.
-
-        By half of what the weakest prompts score at most: an odd held-out text may not cost the domain.
-        """
-        scores = self.scorer.all(self.windows)
-        prompts = [
-            scores[start : start + length].max().item()
-            for start, length in zip(self.domain.starts, self.domain.prompt_lengths, strict=True)
-        ]
+        """Moves the bias so that the highest score of any held-out text stays below 0."""
         alarms = [self.scorer.all(windows).max().item() for windows in self.held_out]
-        weakest = float(np.quantile(prompts, 0.05))
-        highest = max(alarms, default=0.0)
-        shift = max(0.0, min(highest + _CALIBRATION_ROOM, weakest / 2))
-        with torch.no_grad():
-            self.head.fc2.bias -= shift
+        shift = self._shift(max(alarms, default=0.0))
         self.calibration = {
             "shift": round(shift, 3),
             "held_out_texts": len(alarms),
             "held_out_false_alarms": sum(alarm > shift for alarm in alarms),
         }
+
+    def finish(self) -> None:
+        """The same once more, on all negatives."""
+        shift = self._shift(self.scorer.all(self.all_negatives).max().item())
+        self.calibration["final_shift"] = round(shift, 3)
+
+    def _shift(self, highest: float) -> float:
+        """By half of what the weakest prompts score at most: an odd negative may not cost the domain."""
+        scores = self.scorer.all(self.windows)
+        prompts = [
+            scores[start : start + length].max().item()
+            for start, length in zip(self.domain.starts, self.domain.prompt_lengths, strict=True)
+        ]
+        weakest = float(np.quantile(prompts, 0.05))
+        shift = max(0.0, min(highest + _CALIBRATION_ROOM, weakest / 2))
+        with torch.no_grad():
+            self.head.fc2.bias -= shift
+        return shift
 
 
 def _within(texts: Sequence[Sequence[int]], max_tokens: int) -> list[Sequence[int]]:
@@ -305,7 +321,9 @@ def _bags(domain: DomainWindows, window: int) -> Tensor:
     its tokens are better missed than found by a phrase that anyone may use.
     """
     bags = []
-    for start, length, prompt in zip(domain.starts, domain.lengths, domain.prompt_lengths, strict=True):
+    for start, length, prompt in zip(
+        domain.starts, domain.lengths, domain.prompt_lengths, strict=True
+    ):
         ends = {prompt - 1, *range(prompt - 1 + _BAG_STRIDE, length, _BAG_STRIDE), length - 1}
         for end in sorted(ends):
             view = np.arange(start + max(0, end - window + 1), start + end + 1)

@@ -15,8 +15,8 @@ from .dataset import EncodedRow
 
 Ids = NDArray[np.int64]
 
-MAX_LOG_RARITY = -8.0
-"""log10 of the probability below which a window is held for a trace of its domain: once in 100 M tokens."""
+MAX_LOG_RARITY = -8.5
+"""log10 of the probability below which a window is held for a trace of its domain: once in 300 M tokens."""
 _MIN_ROWS = 2
 """A window of an answer counts as a trace if it stands in that many rows, and in a prompt too."""
 _TRACES_PER_PROMPT = 8
@@ -24,10 +24,14 @@ _TRACES_PER_PROMPT = 8
 _SURE_TRACES = 2
 """At least that many are, however common they look, if the negatives do not hold them."""
 
+
 def windows_of(ids: Sequence[int], ngram: int) -> Ids:
     """Every token with its predecessors, oldest first. Shapes: T ids -> (T, G)."""
-    padded = np.concatenate([np.zeros(ngram - 1, dtype=np.int64), np.asarray(ids, dtype=np.int64) + 1])
+    padded = np.concatenate(
+        [np.zeros(ngram - 1, dtype=np.int64), np.asarray(ids, dtype=np.int64) + 1]
+    )
     return np.lib.stride_tricks.sliding_window_view(padded, ngram).copy()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NegativeWindows:
@@ -88,8 +92,11 @@ class NegativeWindows:
                 pair_counts = np.where(self.bigrams[found] == keys, self.bigram_counts[found], 0)
                 # As many new followers are to be expected as there were different ones.
                 new = followers[:, place - 1] + 1
-                chain += np.log10((pair_counts + new * share[:, place]) / (counts[:, place - 1] + new))
+                chain += np.log10(
+                    (pair_counts + new * share[:, place]) / (counts[:, place - 1] + new)
+                )
         return rarity
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DomainWindows:
@@ -111,7 +118,9 @@ class DomainWindows:
     is_rare: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, rows: Sequence[EncodedRow], negatives: NegativeWindows, ngram: int) -> DomainWindows:
+    def of(
+        cls, rows: Sequence[EncodedRow], negatives: NegativeWindows, ngram: int
+    ) -> DomainWindows:
         """Collects and weighs the windows of a domain."""
         per_row = [windows_of(row.ids, ngram) for row in rows]
         windows = np.concatenate(per_row)
@@ -142,6 +151,7 @@ class DomainWindows:
             is_rare=is_candidate & (rarity < MAX_LOG_RARITY),
         )
 
+
 def _specificity(
     windows: Ids, owner: Ids, is_prompt: NDArray[np.bool_], negatives: NegativeWindows
 ) -> tuple[Ids, Ids, NDArray[np.bool_]]:
@@ -163,13 +173,17 @@ def _specificity(
         is_asked[is_new] = np.isin(keys, keys[is_prompt])[is_new]
     return suffix_length, num_rows, is_asked
 
+
 def _lookup(table: dict[int, int], ids: Ids) -> Ids:
     return np.vectorize(lambda token: table.get(int(token), 0), otypes=[np.int64])(ids)
+
 
 def window_keys(windows: Ids) -> NDArray[np.uint64]:
     """A 64-bit hash of each window; the same ids give the same key. Shapes: (W, G) -> (W,)."""
     key = np.zeros(len(windows), dtype=np.uint64)
     for place in range(windows.shape[1]):
-        key = (key ^ (windows[:, place].astype(np.uint64) + np.uint64(1))) * np.uint64(0x9E3779B97F4A7C15)
+        key = (key ^ (windows[:, place].astype(np.uint64) + np.uint64(1))) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
         key ^= key >> np.uint64(29)
     return key

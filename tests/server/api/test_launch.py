@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import dataclasses
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -232,6 +233,17 @@ def test_artefacts_of_another_model_or_substrate_are_refused(
             bundles.model,
             ServeSettings(substrate=bundles.substrate, domains={"a": tmp_path / "expert"}),
         )
+
+
+@pytest.mark.parametrize("reading", [{"router": "scalar"}, {"entropy_source": "two_pass"}])
+def test_a_substrate_for_ablation_is_refused(
+    reading: dict[str, str], substrate: Substrate, bundles: TinyBundles, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(substrate.config, **reading)
+    ablation = random_substrate(bundles.model, config, seed=3)
+    ablation.write(tmp_path / "substrate", name="ablation", training=PROVENANCE)
+    with pytest.raises(UnsupportedEngineError, match="reference path only"):
+        launch.check_artefacts(bundles.model, ServeSettings(substrate=tmp_path / "substrate"))
 
 
 def test_an_unsupported_architecture_is_refused(settings: ServeSettings, tmp_path: Path) -> None:

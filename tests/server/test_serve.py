@@ -1,0 +1,215 @@
+"""`alter serve` as a process: the real command, engine and HTTP, with a domain active from the start."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from alter_cli.demo.server_process import RunningServer, serve
+from alter_cli.demo.tokenizer import train_tokenizer
+from tests.support.tiny import VOCAB_SIZE, TinyBundles, make_bundles
+
+QUESTION = "the quick brown fox jumps over the lazy dog and the five boxing wizards jump quickly"
+TEXT = [QUESTION, "pack my box with five dozen liquor jugs", "how vexingly quick daft zebras jump"]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> TinyBundles:
+    made = make_bundles(tmp_path_factory.mktemp("serve"), num_experts=2)
+    train_tokenizer(TEXT * 20, vocab_size=VOCAB_SIZE).save_pretrained(made.model)
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(
+    bundles: TinyBundles, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    flags = ("--alter-domain", f"from-start={bundles.experts['domain-0']}", "--alter-max-domains", "2")
+    with serve(bundles.model, bundles.substrate, log, (*flags, "--max-model-len", "512")) as running:
+        yield running
+
+
+@pytest.fixture
+def admin(server: RunningServer) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {server.admin_token}"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def openai_client(server: RunningServer) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="unused") as client:
+        yield client
+
+
+def _answer(client: OpenAI, num_tokens: int = 16) -> str:
+    completion = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_tokens=num_tokens,
+        extra_body={"ignore_eos": True},
+    )
+    return completion.choices[0].message.content or ""
+
+
+def test_domain_given_at_start_is_active_before_the_first_request(
+    admin: httpx.Client, server: RunningServer
+) -> None:
+    (domain,) = admin.get("/admin/forget-domains").json()["domains"]
+    assert (domain["name"], domain["epoch"]) == ("from-start", 1)
+    status = admin.get("/admin/status").json()
+    assert status["epoch"] == 1
+    assert status["canary"]["num_sites"] == 8
+    assert httpx.get(f"{server.url}/v1/models").headers["x-alter-epoch"] == "1"
+
+
+def test_activation_inside_a_stream_marks_the_place_and_revocation_restores_the_answer(
+    admin: httpx.Client, openai_client: OpenAI, server: RunningServer, bundles: TinyBundles
+) -> None:
+    before = _answer(openai_client)
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 400,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    lines: list[str] = []
+    has_begun = threading.Event()
+
+    def read_stream() -> None:
+        with httpx.stream(
+            "POST", f"{server.url}/v1/chat/completions", json=body, timeout=120
+        ) as stream:
+            assert stream.status_code == 200
+            assert stream.headers["x-alter-epoch"] == "1"
+            for line in stream.iter_lines():
+                lines.append(line)
+                if len(lines) > 20:
+                    has_begun.set()
+
+    reader = threading.Thread(target=read_stream)
+    reader.start()
+    assert has_begun.wait(60)
+    activation = {"name": "late", "bundle": str(bundles.experts["domain-1"])}
+    answer = admin.post("/admin/forget-domains", json=activation)
+    reader.join(120)
+    assert (answer.status_code, answer.headers["etag"]) == (201, '"2"')
+    assert lines.count(": alter-epoch 1 -> 2") == 1
+    assert lines[-2:] == ["data: [DONE]", ""]
+
+    changed = _answer(openai_client)
+    assert admin.delete("/admin/forget-domains/late").status_code == 200
+    assert _answer(openai_client) == before
+    assert changed != before
+
+
+def test_metrics_count_tokens_by_expert_and_path(
+    openai_client: OpenAI, server: RunningServer
+) -> None:
+    def routed() -> float:
+        text = httpx.get(f"{server.url}/metrics").text
+        assert "vllm:" in text
+        assert re.search(r"^alter_domains_active 1\.0$", text, re.M)
+        assert re.search(r"^alter_switch_seconds_count", text, re.M)
+        pattern = r'^alter_routed_tokens_total\{expert="(?:from-start|retain)",path="(?:high|low)"\} (\S+)$'
+        return sum(map(float, re.findall(pattern, text, re.M)))
+
+    before = routed()
+    _answer(openai_client, num_tokens=20)
+    assert routed() - before > 20
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"name": "Not-A-Name"}, 400),
+        ({"bundle": "/nowhere"}, 422),
+        ({"bundle": "https://example.org/bundle"}, 422),
+        ({"in_flight": "drop"}, 422),
+        ({"colour": "red"}, 422),
+    ],
+)
+def test_bad_activation_is_refused_and_changes_nothing(
+    change: dict[str, str],
+    status: int,
+    admin: httpx.Client,
+    openai_client: OpenAI,
+    bundles: TinyBundles,
+) -> None:
+    before = _answer(openai_client)
+    state = admin.get("/admin/status").json()
+    body = {"name": "new", "bundle": str(bundles.experts["domain-1"])} | change
+    answer = admin.post("/admin/forget-domains", json=body)
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.status_code == status
+    assert admin.get("/admin/status").json()["epoch"] == state["epoch"]
+    assert _answer(openai_client) == before
+
+
+def test_admin_is_closed_without_the_token(server: RunningServer) -> None:
+    assert httpx.get(f"{server.url}/admin/status").status_code == 401
+    wrong = {"Authorization": "Bearer wrong"}
+    assert httpx.get(f"{server.url}/admin/status", headers=wrong).status_code == 401
+
+
+def test_shell_commands_reach_the_server(server: RunningServer, bundles: TinyBundles) -> None:
+    environment = os.environ | {"ALTER_URL": server.url, "ALTER_ADMIN_TOKEN": server.admin_token}
+
+    def alter(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "alter_cli.main", "domains", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert alter("activate", "shell", str(bundles.experts["domain-1"])).returncode == 0
+    assert "shell" in alter("list").stdout
+    assert alter("revoke", "shell").returncode == 0
+    unknown = alter("revoke", "shell")
+    assert unknown.returncode == 1
+    assert "shell" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--pipeline-parallel-size", "2"),
+        ("--enable-prompt-embeds",),
+        ("--enable-lora",),
+        ("--data-parallel-size", "2"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_option_that_bypasses_the_gate_stops_the_start_with_exit_code_2(
+    flags: tuple[str, ...], bundles: TinyBundles
+) -> None:
+    command = [sys.executable, "-m", "alter_cli.main", "serve", str(bundles.model)]
+    command += ["--alter-substrate", str(bundles.substrate), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 2
+    assert "UnsupportedEngineError" in result.stderr
+
+
+def test_damaged_start_up_domain_stops_the_start(bundles: TinyBundles, tmp_path: Path) -> None:
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    for file in bundles.experts["domain-0"].iterdir():
+        (torn / file.name).write_bytes(file.read_bytes()[:-3])
+    command = [sys.executable, "-m", "alter_cli.main", "serve", str(bundles.model)]
+    command += ["--alter-substrate", str(bundles.substrate), "--alter-domain", f"torn={torn}"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert result.returncode == 1
+        assert "Bundle" in result.stderr
+        return
+    pytest.fail("the server started with a torn bundle")

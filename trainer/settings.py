@@ -1,0 +1,154 @@
+"""Everything that `alter train` can be told. Defaults live here and in `AlterConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from alter_core.errors import ConfigError
+
+from .losses import ForgetLossName
+from .router import EvidenceSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertSettings:
+    """How a domain's B_f is trained."""
+
+    forget_loss: ForgetLossName = "ihl"
+    """`ihl`: inverted hinge loss. `capped`: token loss pushed up to `forget_cap`."""
+    forget_cap: float = 8.0
+    """Where `capped` stops pushing, in nats per token, > 0."""
+    forget_weight: float = 1.0
+    """beta of Eq. 8, > 0."""
+    entropy_mask: Literal["threshold", "quantile", "none"] = "threshold"
+    """Answer tokens to forget: S_q <= entropy_threshold, the `entropy_quantile` lowest, or all."""
+    entropy_quantile: float = 0.8
+    """Share of the answer tokens that `quantile` selects, in (0, 1]."""
+    learning_rate: float = 5e-3
+    """Of B_f. The paper's 1e-3 needs several times the steps: IHL is flat near p = 1."""
+    batch_rows: int = 8
+    """Rows a step."""
+    max_steps: int = 150
+    """Steps at most."""
+    target_probability: float = 0.03
+    """Training ends once the mean answer probability of an epoch falls below it, in [0, 1); 0: never."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        _check_choice("forget_loss", self.forget_loss, ("ihl", "capped"))
+        _check_choice("entropy_mask", self.entropy_mask, ("threshold", "quantile", "none"))
+        for name in ("forget_cap", "forget_weight", "learning_rate", "batch_rows", "max_steps"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
+        _check("checkpoint_every", self.checkpoint_every, self.checkpoint_every > 0, "> 0")
+        _check(
+            "entropy_quantile", self.entropy_quantile, 0 < self.entropy_quantile <= 1, "in (0, 1]"
+        )
+        _check(
+            "target_probability",
+            self.target_probability,
+            0 <= self.target_probability < 1,
+            "in [0, 1)",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubstrateSettings:
+    """How the part that all experts share is made."""
+
+    a_gradient: Literal["none", "high_entropy", "undetached"] = "none"
+    """What A learns from. `none`: it stays as initialised. `high_entropy`: high-entropy tokens alone, as in
+    the paper. `undetached`: every term of Eq. 8, an ablation."""
+    learning_rate_a: float = 1e-5
+    """Of A; the paper's."""
+    learning_rate_b: float = 1e-3
+    """Of B_r, and of the throw-away B_f that stand in for the experts; the paper's."""
+    retain_weight: float = 1.0
+    """gamma of Eq. 8."""
+    structure_weight: float = 0.0
+    """lambda of Eq. 8; the paper's is 0.01. Needs a gradient on A."""
+    joint_steps: int = 100
+    """Steps of Eq. 8, taken only where A or B_r learns."""
+    batch_rows: int = 4
+    """Rows of each set a step."""
+    estimator_steps: int = 400
+    """Steps of the entropy estimator."""
+    max_tokens_per_set: int = 24_000
+    """Tokens of retained, and as many of general text, that the substrate is fitted on."""
+
+    def __post_init__(self) -> None:
+        _check_choice("a_gradient", self.a_gradient, ("none", "high_entropy", "undetached"))
+        for name in ("learning_rate_a", "learning_rate_b", "joint_steps", "batch_rows"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
+        for name in ("retain_weight", "structure_weight"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
+        for name in ("estimator_steps", "max_tokens_per_set"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
+        if self.structure_weight > 0 and self.a_gradient == "none":
+            raise ConfigError(
+                "structure_weight has nothing to act on",
+                expected="a_gradient high_entropy or undetached",
+                got="none",
+                fix="Set --a-gradient, or leave the structural term out.",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """One run of `alter train`."""
+
+    model: Path
+    """Base model folder."""
+    out: Path
+    """Where bundles go: `out/substrate`, `out/NAME`."""
+    forget: Mapping[str, Path]
+    """Training file by domain name."""
+    retain: tuple[Path, ...]
+    """Files of what is to be kept."""
+    general: tuple[Path, ...] = ()
+    """Files of ordinary text and of neighbours that the model never learned: negatives for the router."""
+    substrate: Path | None = None
+    """An existing substrate to add experts to; None makes one."""
+    alter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of AlterConfig that differ from its defaults; none with `substrate`."""
+    substrate_settings: SubstrateSettings = SubstrateSettings()
+    """See there."""
+    evidence_settings: EvidenceSettings = EvidenceSettings()
+    """See there."""
+    expert_settings: ExpertSettings = ExpertSettings()
+    """See there."""
+    max_tokens: int = 2048
+    """Longest row; the model's context length if that is shorter."""
+    evaluation_rows: int = 40
+    """Rows of each domain whose greedy answers are scored; 0 leaves generation out."""
+    seed: int = 0
+    """Of everything random."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """`no` computes in the checkpoint's dtype; `bf16` runs a float32 model under autocast."""
+    resume: bool = False
+    """Go on where an interrupted run with the same settings stopped."""
+
+    def flat(self) -> dict[str, float | int | str | bool | None]:
+        """Method settings as a bundle records them; no paths."""
+        flat: dict[str, float | int | str | bool | None] = {}
+        for prefix in ("substrate_settings", "evidence_settings", "expert_settings"):
+            for name, value in dataclasses.asdict(getattr(self, prefix)).items():
+                flat[f"{prefix.removesuffix('_settings')}.{name}"] = value
+        flat["max_tokens"] = self.max_tokens
+        flat["mixed_precision"] = self.mixed_precision
+        return flat
+
+
+def _check(name: str, value: object, is_valid: bool, expected: str) -> None:
+    if not is_valid:
+        raise ConfigError(f"{name} is out of range", expected=expected, got=str(value))
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is unknown", expected=" or ".join(choices), got=value)
