@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: help setup demo test check format bench constraints clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install everything into .venv (GPU or CPU, found by itself)
 	@ALTER_VENV="$(abspath $(VENV))" scripts/setup.sh
@@ -25,6 +25,9 @@ format: setup ## Rewrite the sources in the house format
 
 bench: setup ## Measure serving cost
 	$(BIN)/python -m benchmarks.serving
+
+bench-%: setup ## Any one benchmark, for example bench-parity
+	$(BIN)/python -m benchmarks.$(subst -,_,$*)
 
 constraints: setup ## Record the installed versions as the proven ones
 	scripts/constraints.sh $(BIN)

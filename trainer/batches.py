@@ -38,15 +38,19 @@ class Batch:
         )
 
     def align(self, values: Sequence[Tensor]) -> Tensor:
-        """Per-token values of every row, shifted onto the positions that predict those tokens.
+        """Per-token values of every row at the tokens' own positions. Shapes: per row (T_row,) -> (B, T).
 
-        Shapes: per row (T_row,) -> (B, T), 0 where there is no next token.
+        0 at padding.
         """
         aligned = torch.zeros(self.input_ids.shape, dtype=values[0].dtype)
         for place, index in enumerate(self.indices):
-            row = values[index]
-            aligned[place, : len(row) - 1] = row[1:]
+            aligned[place, : len(values[index])] = values[index]
         return aligned.to(self.input_ids.device)
+
+    def align_labels(self, values: Sequence[Tensor]) -> Tensor:
+        """The same at the positions that predict the tokens, where `labels` holds them."""
+        aligned = self.align(values)
+        return torch.nn.functional.pad(aligned[:, 1:], (0, 1))
 
 
 def make_batch(rows: Sequence[EncodedRow], indices: Sequence[int], pad_id: int) -> Batch:

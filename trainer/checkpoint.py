@@ -6,6 +6,8 @@ Nothing is pickled. A checkpoint is replaced atomically, so the last good one su
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,9 +17,23 @@ import torch
 from alter_core.errors import TrainingError
 from torch import Tensor
 
-from .entropy_pass import write_atomically
-
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that its name holds either the old content or all of the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(partial).chmod(0o644)
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .batches import by_length, make_batch
+from .checkpoint import write_atomically
 from .dataset import EncodedRow
 
 _BATCH_TOKENS = 4096
@@ -91,22 +90,6 @@ def cached_entropy(
         stored = torch.cat(passed.entropy)
         write_atomically(path, safetensors.torch.save({"entropy": stored}))
     return list(stored.split(lengths))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that its name holds either the old content or all of the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(partial).chmod(0o644)
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _cache_key(base: BaseModel, rows: Sequence[EncodedRow], tsallis_q: float) -> str:

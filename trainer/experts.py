@@ -1,39 +1,61 @@
-"""Training of one forget expert, B_f^d, on a frozen substrate.
+"""Training one forget domain's B_f on a frozen substrate, under the gate that will be in force.
 
-The model runs exactly as it will be served: the domain's own evidence head gates every token, so B learns on
-the tokens that will reach it. The loss sees the low-entropy answer tokens; its gradient reaches B alone.
+The substrate's A, B_r and estimator and the domain's evidence head are fixed before it begins; the forget loss
+on the domain's rows is the only term and B_f the only thing that learns.
 
-Legend: B batch, T tokens, R rank.
+Legend: B batch, T tokens, R rank, O stacked output features.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from alter_core.attach import AttachedModel
 from alter_core.errors import TrainingError
 from alter_core.evidence import EvidenceHead
 from alter_core.substrate import ForgetExpert, Substrate
+from torch import Tensor
 
 from .base_model import BaseModel
-from .batches import IGNORED, Batch, at_step, make_batch
-from .checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
+from .batches import IGNORED, at_step, make_batch
+from .checkpoint import Checkpoint, adam_tensors, finite, restore, restore_adam
 from .dataset import EncodedRow
-from .evaluation import answer_probabilities, mean
-from .losses import capped_loss, inverted_hinge
-from .progress import Reporter
+from .losses import LossTerm, forget_loss, isolated_gradients, masked_mean, token_nll
+from .progress import Stage
 from .settings import ExpertSettings
+from .substrate import rounded
 
-_CHECKPOINT_EVERY = 10
+
+def select_answer_tokens(
+    rows: Sequence[EncodedRow], entropy: Sequence[Tensor], threshold: float, settings: ExpertSettings
+) -> list[Tensor]:
+    """Which tokens the forget loss reads. Shapes: per row (T,) bool.
+
+    A token is selected by its own S_q, never by that of the token before it.
+    Raises: TrainingError if no token of the domain is.
+    """
+    is_answer = [torch.tensor(row.is_answer) for row in rows]
+    if settings.entropy_mask == "none":
+        return is_answer
+    if settings.entropy_mask == "quantile":
+        answers = torch.cat([values[mask] for values, mask in zip(entropy, is_answer, strict=True)])
+        threshold = answers.quantile(settings.entropy_quantile).item()
+    selected = [mask & (values <= threshold) for values, mask in zip(entropy, is_answer, strict=True)]
+    if not any(bool(mask.any()) for mask in selected):
+        raise TrainingError(
+            "No answer token of the domain has low entropy, so there is nothing to forget",
+            expected=f"some token with S_q <= {threshold:.2f}",
+            got="none",
+            fix="The base model may not know these answers; else use --entropy-mask quantile or none.",
+        )
+    return selected
 
 
 class ExpertTraining:
-    """One domain's B under training. `train()` it, then take `expert()`."""
+    """The state of one domain's training."""
 
     def __init__(
         self,
@@ -42,131 +64,133 @@ class ExpertTraining:
         name: str,
         head: EvidenceHead,
         rows: Sequence[EncodedRow],
-        entropies: Sequence[Tensor],
+        selected: Sequence[Tensor],
         settings: ExpertSettings,
         *,
         seed: int,
     ) -> None:
-        """`entropies` are the base model's S_q of every token of every row.
-
-        Raises: TrainingError if the entropy mask leaves no answer token to forget.
-        """
-        self.base, self.substrate, self.settings, self.seed = base, substrate, settings, seed
-        self.rows = rows
+        self.base, self.rows, self.settings, self.seed = base, rows, settings, seed
+        self.selected = selected
+        self.name = name
         self.lora_b = {
             site: torch.zeros(
-                info.out_features, substrate.config.rank, device=base.device
-            ).requires_grad_()
-            for site, info in substrate.sites.items()
+                size.out_features, substrate.config.rank, device=base.device
+            ).requires_grad_(True)
+            for site, size in substrate.sites.items()
         }
-        self.name, self.head = name, head
-        self.masks = self._masks(entropies)
+        self.expert = ForgetExpert(name=name, lora_b=self.lora_b, evidence=head.to(base.device))
         self.optimizer = torch.optim.Adam(self.lora_b.values(), lr=settings.learning_rate)
-        self.next_step = 0
+        self.row_probability = torch.ones(len(rows))
+        self.loss_of = forget_loss(settings.forget_loss, settings.forget_cap)
 
-    def _masks(self, entropies: Sequence[Tensor]) -> list[Tensor]:
-        """Which tokens of each row are to be forgotten. Shapes: per row (T,) bool."""
-        answers = [torch.tensor(row.is_answer) for row in self.rows]
-        settings = self.settings
-        if settings.entropy_mask == "none":
-            return answers
-        threshold = self.substrate.config.entropy_threshold
-        if settings.entropy_mask == "quantile":
-            every = torch.cat([e[a] for e, a in zip(entropies, answers, strict=True)])
-            threshold = float(every.quantile(settings.entropy_quantile))
-        masks = [a & (e <= threshold) for e, a in zip(entropies, answers, strict=True)]
-        if not any(mask.any() for mask in masks):
-            raise TrainingError(
-                f"No answer token of {self.name!r} is a low-entropy one, so there is nothing to forget",
-                expected=f"tokens with S_q at most {threshold:.3f}",
-                got="none",
-                fix="Check that the base model knows these rows, or use --entropy-mask quantile.",
-            )
-        return masks
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every row is seen once."""
+        return -(-len(self.rows) // min(self.settings.batch_rows, len(self.rows)))
 
-    def train(self, reporter: Reporter, checkpoints: Checkpoints | None = None) -> int:
-        """Runs to the end, from a checkpoint if there is one; returns the number of steps taken.
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether the answers' mean probability has reached the target."""
+        return self.row_probability.mean().item() <= self.settings.target_probability
 
-        Raises: TrainingError if the loss is not finite; the last checkpoint stays.
-        """
-        checkpoint = f"expert-{self.name}"
-        if checkpoints is not None and (saved := checkpoints.load(checkpoint)) is not None:
-            self._restore(*saved)
-        attached = AttachedModel(self.base.model, self.substrate, [self._under_training()])
-        try:
-            with reporter.bar(f"forget expert {self.name}", self.settings.max_steps) as bar:
-                for _ in range(self.next_step):
-                    bar.advance()
-                while self.next_step < self.settings.max_steps:
-                    loss = self.step(self.next_step)
-                    self.next_step += 1
-                    probability = self._probability_at_epoch_end()
-                    bar.advance(loss=loss, forget_probability=probability)
-                    if probability is not None and probability <= self.settings.target_probability:
-                        break
-                    if checkpoints is not None and self.next_step % _CHECKPOINT_EVERY == 0:
-                        tensors = {k: v.detach() for k, v in self.lora_b.items()}
-                        tensors |= optimizer_tensors(self.optimizer)
-                        checkpoints.save(checkpoint, tensors, {"next_step": self.next_step})
-        finally:
-            attached.detach()
-        return self.next_step
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The state after `step` steps."""
+        tensors = {**self.lora_b, "row_probability": self.row_probability}
+        return Checkpoint(step=step, tensors=tensors | adam_tensors(self.optimizer, self.lora_b))
 
-    def step(self, step: int) -> float:
-        """One optimiser step; returns its loss. The model must be attached."""
+    def restore(self, checkpoint: Checkpoint | None) -> int:
+        """Goes back to a checkpoint; returns the step to go on with."""
+        if checkpoint is None:
+            return 0
+        restore(self.lora_b, checkpoint.tensors)
+        restore_adam(self.optimizer, self.lora_b, checkpoint.tensors)
+        self.row_probability = checkpoint.tensors["row_probability"]
+        return checkpoint.step
+
+    def term(self, step: int) -> LossTerm:
+        """The forget term at a step: low-entropy answer tokens of a batch, learned by B_f alone."""
         indices = at_step(len(self.rows), self.settings.batch_rows, step, self.seed)
         batch = make_batch(self.rows, indices, self.base.pad_id).to(self.base.device)
-        loss = self.loss(batch)
-        if loss is None:
-            return 0.0
-        if not math.isfinite(loss.item()):
+        with self.base.accelerator.autocast():
+            logits = self.base.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).logits
+        self._note_probabilities(indices, logits.detach(), batch.labels)
+        is_selected = batch.align_labels(self.selected) & (batch.labels != IGNORED)
+        loss = masked_mean(self.loss_of(logits, batch.labels), is_selected)
+        return LossTerm(
+            name="forget",
+            value=self.settings.forget_weight * loss,
+            parameters=tuple(self.lora_b.values()),
+        )
+
+    def step(self, step: int) -> float:
+        """One optimiser step; returns the loss.
+
+        Raises: TrainingError if the loss or a weight is not finite.
+        """
+        term = self.term(step)
+        gradients = isolated_gradients([term])
+        if not finite([term.value, *gradients.values()]):
             raise TrainingError(
-                f"The loss of {self.name!r} is not finite",
+                f"The forget loss of domain {self.name!r} is not finite at step {step}",
                 expected="a number",
-                got=f"{loss.item()} at step {step}",
-                fix="Lower --learning-rate and --resume from the last good checkpoint.",
+                got=f"{term.value.item()}",
+                fix="Lower --learning-rate; the last good checkpoint is kept for --resume.",
             )
-        parameters = [*self.lora_b.values()]
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for parameter, gradient in gradients.items():
             parameter.grad = gradient
         self.optimizer.step()
-        return loss.item()
+        self.optimizer.zero_grad(set_to_none=True)
+        return term.value.item()
 
-    def loss(self, batch: Batch) -> Tensor | None:
-        """Mean forget loss over the batch's tokens to be forgotten; None if it has none."""
-        is_chosen = (batch.labels != IGNORED) & batch.align(self.masks)
-        if not is_chosen.any():
-            return None
-        with self.base.accelerator.autocast():
-            output = self.base.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            )
-        logits, targets = output.logits[is_chosen], batch.labels[is_chosen]
-        if not logits.requires_grad:
-            # No token of this batch reaches the expert: its evidence comes too late or never.
-            return None
-        if self.settings.forget_loss == "capped":
-            return capped_loss(logits, targets, self.settings.loss_cap).mean()
-        return inverted_hinge(logits, targets).mean()
+    def _note_probabilities(self, indices: Sequence[int], logits: Tensor, labels: Tensor) -> None:
+        num_answer = (labels != IGNORED).sum(dim=1).clamp_min(1)
+        mean_nll = token_nll(logits, labels).sum(dim=1) / num_answer
+        self.row_probability[list(indices)] = (-mean_nll).exp().cpu()
 
-    def _probability_at_epoch_end(self) -> float | None:
-        steps_per_epoch = -(-len(self.rows) // min(self.settings.batch_rows, len(self.rows)))
-        if self.next_step % steps_per_epoch:
-            return None
-        return mean(answer_probabilities(self.base, self.rows))
 
-    def _under_training(self) -> ForgetExpert:
-        return ForgetExpert(name=self.name, lora_b=dict(self.lora_b), evidence=self.head)
+def train_expert(
+    base: BaseModel,
+    substrate: Substrate,
+    name: str,
+    head: EvidenceHead,
+    rows: Sequence[EncodedRow],
+    entropy: Sequence[Tensor],
+    settings: ExpertSettings,
+    *,
+    seed: int,
+    checkpoint: Path,
+    run: str,
+    stage: Stage,
+) -> tuple[ForgetExpert, int]:
+    """Trains B_f; returns the expert in the dtype it is served in, and the number of steps taken.
 
-    def _restore(self, tensors: dict[str, Tensor], state: dict[str, int]) -> None:
-        with torch.no_grad():
-            for site, parameter in self.lora_b.items():
-                parameter.copy_(tensors[site])
-        restore_optimizer(self.optimizer, tensors)
-        self.next_step = state["next_step"]
-
-    def expert(self) -> ForgetExpert:
-        """The expert as it will be served: B in the base model's dtype."""
-        rounded = {s: b.detach().to("cpu", self.base.dtype) for s, b in self.lora_b.items()}
-        return dataclasses.replace(self._under_training(), lora_b=rounded)
+    Raises: TrainingError if the gate never lets the expert act, or on values that are not finite.
+    """
+    selected = select_answer_tokens(rows, entropy, substrate.config.entropy_threshold, settings)
+    training = ExpertTraining(base, substrate, name, head, rows, selected, settings, seed=seed)
+    step = training.restore(Checkpoint.read(checkpoint, run))
+    attached = AttachedModel(base.model, substrate, [training.expert])
+    try:
+        while step < settings.max_steps:
+            is_epoch_end = step > 0 and step % training.steps_per_epoch == 0
+            if is_epoch_end and training.is_forgotten:
+                break
+            loss = training.step(step)
+            step += 1
+            probability = training.row_probability.mean().item()
+            stage.step(step, loss=loss, probability=probability)
+            if step % settings.checkpoint_every == 0:
+                training.checkpoint(step).write(checkpoint, run)
+    finally:
+        attached.detach()
+    if not any(bool(tensor.any()) for tensor in training.lora_b.values()):
+        raise TrainingError(
+            f"The expert of domain {name!r} was never routed to, so it learned nothing",
+            expected="a router that fires on the domain's rows",
+            got="no routed answer token",
+            fix="Check the evidence figures; the domain may not differ from the retained text.",
+        )
+    lora_b = rounded(training.lora_b, base.dtype)
+    return dataclasses.replace(training.expert, lora_b=lora_b, evidence=head.cpu()), step

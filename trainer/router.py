@@ -332,3 +332,18 @@ def _bags(domain: DomainWindows, window: int) -> Tensor:
             if len(bag):
                 bags.append(torch.from_numpy(bag))
     return nn.utils.rnn.pad_sequence(bags, batch_first=True, padding_value=-1)
+
+
+def train_scalar_weight(domain: Tensor, negatives: Tensor) -> float:
+    """Eq. 7 taken literally: one weight on S_q that is to tell a domain's tokens from others, by BCE.
+
+    It cannot: S_q >= 0 makes the sign of the weight the answer for every token. Kept for ablation.
+    Shapes: domain (T,), negatives (T',), both S_q.
+    """
+    weight = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=0.05)
+    for _ in range(200):
+        loss = F.softplus(-weight * domain).mean() + F.softplus(weight * negatives).mean()
+        (weight.grad,) = torch.autograd.grad(loss, [weight])
+        optimizer.step()
+    return weight.item()

@@ -1,385 +1,494 @@
-"""One run of `alter train`: data, entropy pass, substrate, evidence heads, experts, evaluation.
+"""One run of `alter train`: data, substrate, then expert by expert; each part a bundle once it is complete.
 
-OUT/substrate/     bundle, unless an existing one was given
-OUT/NAME/          bundle of each forget expert
-OUT/run.json       resolved settings, versions, seed, seconds; `run-NAME....json` for added experts
-OUT/.work/         entropy cache and checkpoints, for --resume; safe to delete
+    out/substrate/            bundle
+    out/NAME/                 bundle, one per domain
+    out/run.json              what was run, written last: it stands only beside complete output
+    out/.cache, .checkpoints  entropies of the base model; where to go on after an interruption
+
+A bundle carries the key of the run that made it, so `resume` takes only parts that belong to the same data,
+settings, seed and base model.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import platform
+import re
+import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+from alter_core.attach import AttachedModel
+from alter_core.bundle import DOMAIN_NAME_PATTERN, DataDigest, Provenance, read_manifest
+from alter_core.config import AlterConfig
+from alter_core.errors import BundleError, ConfigError, DomainNameError, TrainingError
+from alter_core.evidence import EvidenceHead
+from alter_core.sites import default_tap_layer
+from alter_core.substrate import ForgetExpert, Substrate
 from torch import Tensor
 
-from alter_core.attach import AttachedModel
-from alter_core.bundle import DOMAIN_NAME_PATTERN, DataDigest, Provenance
-from alter_core.config import AlterConfig
-from alter_core.errors import ConfigError
-from alter_core.evidence import EvidenceHead
-from alter_core.sites import decoder_layers, default_tap_layer
-from alter_core.substrate import ForgetExpert, Substrate
-
-from . import evaluation
 from .base_model import BaseModel, load_base_model
 from .batches import sample_rows
-from .checkpoint import WORK_FOLDER, Checkpoints
+from .checkpoint import write_atomically
 from .dataset import EncodedRow, Row, check_disjoint, data_digest, encode_rows, read_rows
-from .entropy_pass import cached_entropy, write_atomically
-from .experts import ExpertTraining
+from .entropy_pass import cached_entropy
+from .evaluation import answer_probabilities, evidence_figures, greedy_rouge_l, mean
+from .experts import train_expert
 from .progress import Reporter, SilentReporter
-from .router import train_evidence
-from .scalar_router import train_scalar_weight
+from .router import train_evidence, train_scalar_weight
 from .settings import TrainSettings
-from .substrate import learn_shared, learns_shared, new_substrate
+from .substrate import (
+    Figures,
+    SubstrateText,
+    initial_substrate,
+    is_learned,
+    measure_text,
+    normalised_embeddings,
+    on_device,
+    rounded,
+    train_estimator,
+    train_joint,
+)
 
-_METHOD = "ALTER (arXiv 2603.01792)"
-_MAX_ROW_TOKENS = 1024
-_EVALUATION_TOKENS = 8_000
-_PACKAGES = ("alter-server", "torch", "transformers", "accelerate", "safetensors")
+METHOD = "alter"
+SUBSTRATE_NAME = "substrate"
+RUN_FILE = "run.json"
+_RUN_KEY = "run"
+_CHECKPOINTS = ".checkpoints"
+_CACHE = ".cache"
+_PACKAGES = ("alter-server", "torch", "transformers", "safetensors", "accelerate", "tokenizers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run made."""
+    """What a run left behind."""
 
     substrate: Path
     experts: dict[str, Path]
-    seconds: dict[str, float]
-    """By stage."""
+    """Bundle by domain."""
+    timings_s: dict[str, float]
+    """Seconds by part; a part that was resumed complete is missing."""
+    evaluation: dict[str, dict[str, Any]]
+    """Figures of `substrate` and of each domain, as in the bundles."""
+    run_file: Path
 
 
-def train(settings: TrainSettings, reporter: Reporter | None = None) -> TrainResult:
-    """Runs `alter train`. Existing bundles are never touched.
+def train(settings: TrainSettings, progress: Reporter | None = None) -> TrainResult:
+    """Trains a substrate (unless one is given) and an expert for every forget domain.
 
-    Raises: ConfigError, TrainingDataError, TrainingError, UnsupportedModelError, BundleError; whatever was
-    finished before stays, and `resume` goes on from there.
+    Raises: TrainingDataError, ConfigError, UnsupportedModelError, DomainNameError, TrainingError, BundleError.
     """
-    return _Run(settings, reporter or SilentReporter()).run()
+    return _Run(settings, progress or SilentReporter()).execute()
 
 
 class _Run:
     def __init__(self, settings: TrainSettings, reporter: Reporter) -> None:
         self.settings, self.reporter = settings, reporter
-        self.seconds: dict[str, float] = {}
-        for name in settings.forget:
-            _check_name(name)
-        self.experts = {name: settings.out / name for name in settings.forget}
-        self.substrate_folder = settings.substrate or settings.out / "substrate"
-        self._refuse_existing_output()
-        self.raw = self._read_data()
+        self.timings_s: dict[str, float] = {}
+        self.evaluation: dict[str, dict[str, Any]] = {}
+        _check_names(settings.forget)
+        rows = _read(settings)
+        self.digests = {name: data_digest(part) for name, part in rows.items()}
+        self._check_output()
         self.base = load_base_model(
             settings.model,
             device=settings.device,
             mixed_precision=settings.mixed_precision,
-            has_double_backward=settings.shared.structure_weight > 0,
+            has_double_backward=settings.substrate_settings.structure_weight > 0,
         )
-        self.config = self._config()
-        max_tokens = settings.max_tokens or min(self.base.max_tokens, _MAX_ROW_TOKENS)
-        self.rows = {
-            name: encode_rows(rows, self.base.tokenizer, max_tokens=max_tokens)
-            for name, rows in self.raw.items()
+        max_tokens = min(settings.max_tokens, self.base.max_tokens)
+        encoded = {
+            name: encode_rows(part, self.base.tokenizer, max_tokens=max_tokens)
+            for name, part in rows.items()
         }
-        self.checkpoints = Checkpoints(settings.out / WORK_FOLDER, self._run_key())
-        self.embeddings: Tensor = (
-            self.base.model.get_input_embeddings().weight.detach().float().cpu()
-        )
+        self.retain, self.general = encoded.pop("retain"), encoded.pop("general", [])
+        self.forget = {name.removeprefix("forget/"): part for name, part in encoded.items()}
+        self.substrate_folder = settings.substrate or settings.out / SUBSTRATE_NAME
+        self.given = self._given_substrate()
+        self.config = self.given.config if self.given else self._config()
+        self.key = self._run_key()
 
-    def run(self) -> TrainResult:
-        with self._timed("entropy_pass"):
-            entropies = {name: self._entropy(name) for name in ("retain", *self.settings.forget)}
-        with self._timed("substrate"):
-            substrate, figures = self._substrate()
-        normalised = substrate.normalise(self.embeddings)
-        heads: dict[str, EvidenceHead] = {}
-        calibrations: dict[str, dict[str, float]] = {}
-        for name in self._unfinished():
-            with self._timed(f"evidence_{name}"):
-                heads[name], calibrations[name] = self._head(name, normalised, substrate.config)
-        if substrate.digest is None:
-            with self._timed("substrate_joint"):
-                substrate = self._write_substrate(substrate, heads, entropies, figures)
-        for name, head in heads.items():
-            with self._timed(f"expert_{name}"):
-                self._expert(name, substrate, head, calibrations[name], entropies[name], normalised)
-        self._write_record(figures)
+    def execute(self) -> TrainResult:
+        torch.manual_seed(self.settings.seed)
+        if not self.settings.resume:
+            shutil.rmtree(self.settings.out / _CHECKPOINTS, ignore_errors=True)
+        substrate = on_device(self.given or self._substrate(), self.base.device)
+        embeddings = normalised_embeddings(self.base, substrate)
+        experts = {name: self._expert(name, substrate, embeddings) for name in self.forget}
+        run_file = self._write_run_file()
+        shutil.rmtree(self.settings.out / _CHECKPOINTS, ignore_errors=True)
         return TrainResult(
-            substrate=self.substrate_folder, experts=self.experts, seconds=self.seconds
+            substrate=self.substrate_folder,
+            experts=experts,
+            timings_s=self.timings_s,
+            evaluation=self.evaluation,
+            run_file=run_file,
         )
 
-    def _refuse_existing_output(self) -> None:
-        made = [*self.experts.values()]
-        if self.settings.substrate is None:
-            made.append(self.substrate_folder)
-        existing = [path for path in made if path.exists()]
-        if existing and not self.settings.resume:
+    # --- what is asked for ---
+
+    def _check_output(self) -> None:
+        settings = self.settings
+        folders = [settings.out / name for name in settings.forget]
+        if settings.substrate is None:
+            folders.append(settings.out / SUBSTRATE_NAME)
+        taken = [folder for folder in folders if folder.exists()]
+        if taken and not settings.resume:
             raise ConfigError(
-                "The output exists already, and bundles are never overwritten",
-                expected=f"none of {', '.join(path.name for path in made)} in {self.settings.out}",
-                got=", ".join(path.name for path in existing),
-                fix="Choose another --out or name, or --resume an interrupted run.",
+                "There is output already",
+                expected="no folder of that name",
+                got=", ".join(str(folder) for folder in taken),
+                fix="Choose another --out, or go on with an interrupted run by --resume.",
             )
 
-    def _read_data(self) -> dict[str, list[Row]]:
-        settings = self.settings
-        reserved = {"retain", "general", "substrate"} & settings.forget.keys()
-        if reserved:
-            raise ConfigError("A domain cannot have that name", got=", ".join(sorted(reserved)))
-        raw = {name: read_rows([path]) for name, path in settings.forget.items()}
-        raw["retain"] = read_rows(settings.retain)
-        raw["general"] = read_rows(settings.general) if settings.general else []
-        check_disjoint(raw)
-        return raw
+    def _given_substrate(self) -> Substrate | None:
+        if self.settings.substrate is None:
+            return None
+        if self.settings.alter:
+            raise ConfigError(
+                "The substrate fixes the method's settings",
+                expected="none of them beside --substrate",
+                got=", ".join(sorted(self.settings.alter)),
+                fix="Leave them out, or train a new substrate.",
+            )
+        return Substrate.read(self.settings.substrate, self.base.info)
 
     def _config(self) -> AlterConfig:
-        if self.settings.substrate is not None:
-            return Substrate.read(self.settings.substrate, self.base.info).config
-        fields = dict(self.settings.config)
-        if "tap_layer" not in fields:
-            fields["tap_layer"] = default_tap_layer(len(decoder_layers(self.base.model)))
-        return AlterConfig(**fields)  # type: ignore[arg-type]
+        overrides = {"tap_layer": default_tap_layer(self.base.info.num_layers), **self.settings.alter}
+        return AlterConfig(**overrides)
 
     def _run_key(self) -> str:
-        """Digest of everything that the result depends on."""
-        settings = dataclasses.replace(self.settings, resume=False, out=Path())
-        data = {name: data_digest(rows).sha256 for name, rows in self.raw.items()}
-        content = [_plain(settings), data, self.base.info.fingerprint, _plain(self.config)]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        key = {
+            "base": self.base.info.fingerprint,
+            "substrate": self.given.digest if self.given else None,
+            "config": dataclasses.asdict(self.config),
+            "settings": self.settings.flat(),
+            "data": {name: digest.model_dump() for name, digest in self.digests.items()},
+            "seed": self.settings.seed,
+            "device": self.base.device.type,
+        }
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
-    def _entropy(self, name: str) -> list[Tensor]:
-        return cached_entropy(
-            self.base,
-            self.rows[name],
-            tsallis_q=self.config.tsallis_q,
-            tap_layer=self.config.tap_layer,
-            folder=self.settings.out / WORK_FOLDER,
+    # --- substrate ---
+
+    def _substrate(self) -> Substrate:
+        folder = self.substrate_folder
+        if folder.exists():
+            self._check_resumed(folder)
+            substrate = Substrate.read(folder, self.base.info)
+            self.evaluation[SUBSTRATE_NAME] = {"resumed": True}
+            return substrate
+        started = time.monotonic()
+        settings = self.settings.substrate_settings
+        seed = self.settings.seed
+        text = SubstrateText(
+            forget=self.forget,
+            retain=sample_rows(self.retain, settings.max_tokens_per_set, seed),
+            general=sample_rows(self.general, settings.max_tokens_per_set, seed),
         )
+        substrate = initial_substrate(self.base, self.config, seed)
+        passed = measure_text(self.base, substrate, text)
+        with self.reporter.stage("entropy estimator", settings.estimator_steps) as stage:
+            figures: dict[str, Any] = {
+                "entropy_estimator": train_estimator(substrate, passed, settings, seed=seed, stage=stage)
+            }
+        if is_learned(self.config, settings):
+            substrate, joint = self._learn_shared(substrate, text, passed.entropy)
+            figures["joint"] = joint
+        substrate = dataclasses.replace(
+            substrate,
+            lora_a=rounded(substrate.lora_a, self.base.dtype),
+            retain_lora_b=rounded(substrate.retain_lora_b, self.base.dtype),
+            estimator=substrate.estimator.cpu(),
+            embedding_mean=substrate.embedding_mean.cpu(),
+            embedding_std=substrate.embedding_std.cpu(),
+        )
+        substrate.write(
+            folder, name=SUBSTRATE_NAME, training=self._provenance(self.digests), evaluation=figures
+        )
+        self._done(SUBSTRATE_NAME, started, figures)
+        return Substrate.read(folder, self.base.info)
 
-    def _substrate(self) -> tuple[Substrate, dict[str, float]]:
-        """The one that exists, or a new one without a digest."""
-        if self.settings.substrate is not None or self.substrate_folder.exists():
-            return Substrate.read(self.substrate_folder, self.base.info), {}
-        forget = [row for name in self.settings.forget for row in self.rows[name]]
-        texts = {"forget": forget, "retain": self.rows["retain"], "general": self.rows["general"]}
-        return new_substrate(
+    def _learn_shared(
+        self, substrate: Substrate, text: SubstrateText, entropy: Sequence[Tensor]
+    ) -> tuple[Substrate, Figures]:
+        embeddings = normalised_embeddings(self.base, substrate)
+        heads = {name: self._head(name, embeddings)[0] for name in self.forget}
+        return train_joint(
             self.base,
-            self.config,
-            texts,
-            self.settings.shared,
+            substrate,
+            heads,
+            text,
+            entropy,
+            self.settings.substrate_settings,
+            self.settings.expert_settings,
             seed=self.settings.seed,
+            checkpoint=self._checkpoint(SUBSTRATE_NAME),
+            run=self.key,
             reporter=self.reporter,
         )
 
-    def _write_substrate(
-        self,
-        substrate: Substrate,
-        heads: Mapping[str, EvidenceHead],
-        entropies: Mapping[str, list[Tensor]],
-        figures: dict[str, float],
-    ) -> Substrate:
-        if learns_shared(self.config, self.settings.shared):
-            substrate = learn_shared(
+    # --- experts ---
+
+    def _expert(self, name: str, substrate: Substrate, embeddings: Tensor) -> Path:
+        folder = self.settings.out / name
+        if folder.exists():
+            self._check_resumed(folder)
+            self.evaluation[name] = dict(ForgetExpert.read(folder, substrate).evaluation or {})
+            return folder
+        started = time.monotonic()
+        rows, settings = self.forget[name], self.settings.expert_settings
+        head, calibration = self._head(name, embeddings)
+        evidence_s = time.monotonic() - started
+        entropy = cached_entropy(
+            self.base,
+            rows,
+            tsallis_q=self.config.tsallis_q,
+            tap_layer=self.config.tap_layer,
+            folder=self.settings.out / _CACHE,
+        )
+        with self.reporter.stage(f"{name}: expert", settings.max_steps) as stage:
+            expert, num_steps = train_expert(
                 self.base,
                 substrate,
-                heads,
-                {name: (self.rows[name], entropies[name]) for name in heads},
-                (self.rows["retain"], entropies["retain"]),
-                self.settings.shared,
-                seed=self.settings.seed,
-                reporter=self.reporter,
+                name,
+                head,
+                rows,
+                entropy,
+                settings,
+                seed=self._seed(name),
+                checkpoint=self._checkpoint(name),
+                run=self.key,
+                stage=stage,
             )
-        return substrate.write(
-            self.substrate_folder,
-            name="substrate",
-            training=self._provenance(self.raw, self.settings.shared),
-            evaluation=_finite(figures),
-        )
+        if self.config.router == "scalar":
+            expert = dataclasses.replace(expert, scalar_weight=self._scalar_weight(entropy))
+        trained_s = time.monotonic() - started
+        figures = self._evaluate(name, substrate, expert, embeddings)
+        figures |= {"router_calibration": calibration, "num_steps": num_steps}
+        digests = {part: self.digests[part] for part in (f"forget/{name}", "retain", "general") if part in self.digests}
+        expert.write(folder, substrate, training=self._provenance(digests), evaluation=figures)
+        self._done(name, started, figures)
+        self.timings_s[f"{name}/evidence"] = evidence_s
+        self.timings_s[f"{name}/expert"] = trained_s - evidence_s
+        return folder
 
-    def _unfinished(self) -> list[str]:
-        return [name for name, folder in self.experts.items() if not folder.exists()]
+    def _head(self, name: str, embeddings: Tensor) -> tuple[EvidenceHead, dict[str, float]]:
+        settings = self.settings.evidence_settings
+        with self.reporter.stage(f"{name}: evidence", settings.num_steps) as stage:
+            done = 0
 
-    def _negatives(self, name: str) -> list[Sequence[int]]:
-        """Text on which a domain's head may not fire, most important first."""
-        others = [other for other in self.settings.forget if other != name]
-        return [row.ids for part in (*others, "retain", "general") for row in self.rows[part]]
+            def progress(loss: float) -> None:
+                nonlocal done
+                done += 1
+                stage.step(done, loss=loss)
 
-    def _head(
-        self, name: str, normalised: Tensor, config: AlterConfig
-    ) -> tuple[EvidenceHead, dict[str, float]]:
-        checkpoint = f"evidence-{name}"
-        if (saved := self.checkpoints.load(checkpoint)) is not None:
-            tensors, calibration = saved
-            head = EvidenceHead(
-                normalised.shape[1], ngram=config.evidence_ngram, num_units=config.evidence_units
+            return train_evidence(
+                embeddings,
+                self.forget[name],
+                [ids for texts in self._negatives(name).values() for ids in texts],
+                self.config,
+                settings,
+                seed=self._seed(name),
+                progress=progress,
             )
-            head.load_state_dict(tensors)
-            return head.requires_grad_(False), calibration
-        evidence = self.settings.evidence
-        with self.reporter.bar(f"evidence head {name}", evidence.num_steps) as bar:
-            head, calibration = train_evidence(
-                normalised,
-                self.rows[name],
-                self._negatives(name),
-                config,
-                evidence,
-                seed=self.settings.seed,
-                progress=lambda loss: bar.advance(loss=loss),
-            )
-        self.checkpoints.save(checkpoint, head.state_dict(), calibration)
-        return head, calibration
 
-    def _expert(
-        self,
-        name: str,
-        substrate: Substrate,
-        head: EvidenceHead,
-        calibration: dict[str, float],
-        entropies: list[Tensor],
-        normalised: Tensor,
-    ) -> None:
-        settings, rows = self.settings, self.rows[name]
-        before = evaluation.mean(evaluation.answer_probabilities(self.base, rows))
-        training = ExpertTraining(
+    def _negatives(self, name: str) -> dict[str, list[tuple[int, ...]]]:
+        """What a domain's head must not fire on, by kind; the most important first."""
+        others = [row for other, rows in self.forget.items() if other != name for row in rows]
+        kinds = {"retain": self.retain, "other_domains": others, "general": self.general}
+        return {kind: [row.ids for row in rows] for kind, rows in kinds.items() if rows}
+
+    def _scalar_weight(self, entropy: Sequence[Tensor]) -> float:
+        retain = cached_entropy(
             self.base,
-            substrate,
-            name,
-            head,
-            rows,
-            entropies,
-            settings.experts,
-            seed=settings.seed,
+            sample_rows(self.retain, self.settings.substrate_settings.max_tokens_per_set, self.settings.seed),
+            tsallis_q=self.config.tsallis_q,
+            tap_layer=self.config.tap_layer,
+            folder=self.settings.out / _CACHE,
         )
-        steps = training.train(self.reporter, self.checkpoints)
-        expert = training.expert()
-        if substrate.config.router == "scalar":
-            expert = dataclasses.replace(expert, scalar_weight=self._scalar_weight(name, entropies))
-        figures = {"forget_probability_before": before, "steps": steps, **calibration}
-        figures |= self._evaluate(name, substrate, expert, normalised)
-        expert.write(
-            self.experts[name],
-            substrate,
-            training=self._provenance(
-                {
-                    name: self.raw[name],
-                    "retain": self.raw["retain"],
-                    "general": self.raw["general"],
-                },
-                settings.experts,
-                settings.evidence,
-            ),
-            evaluation=_finite(figures),
-        )
-
-    def _scalar_weight(self, name: str, entropies: list[Tensor]) -> float:
-        return train_scalar_weight(entropies, self._entropy("retain"))
+        return train_scalar_weight(torch.cat(list(entropy)), torch.cat(retain))
 
     def _evaluate(
-        self, name: str, substrate: Substrate, expert: ForgetExpert, normalised: Tensor
-    ) -> dict[str, float]:
-        rows = self.rows[name]
-        negatives = {
-            part: [row.ids for row in self.rows[part]]
-            for part in ("retain", "general")
-            if self.rows[part]
-        }
-        figures = evaluation.evidence_figures(
-            expert.evidence.cpu(), normalised, substrate.config, rows, negatives
+        self, name: str, substrate: Substrate, expert: ForgetExpert, embeddings: Tensor
+    ) -> dict[str, Any]:
+        rows = self.forget[name]
+        asked = rows[: self.settings.evaluation_rows]
+        before = mean(answer_probabilities(self.base, rows))
+        on_base_device = dataclasses.replace(
+            expert,
+            lora_b={site: tensor.to(self.base.device) for site, tensor in expert.lora_b.items()},
+            evidence=expert.evidence.to(self.base.device),
         )
-        attached = AttachedModel(self.base.model, substrate, [expert])
+        rouge_before = greedy_rouge_l(self.base, asked)
+        attached = AttachedModel(self.base.model, substrate, [on_base_device])
         try:
-            probabilities = evaluation.answer_probabilities(self.base, rows)
-            figures["forget_probability"] = evaluation.mean(probabilities)
-            figures["forget_rouge_l"] = evaluation.mean(evaluation.greedy_rouge_l(self.base, rows))
-            retained = sample_rows(self.rows["retain"], _EVALUATION_TOKENS, self.settings.seed)
-            retained = [row for row in retained if row.num_prompt]
-            if retained:
-                figures["retain_identical"] = evaluation.completion_agreement(
-                    self.base, attached, retained
-                )
+            after = mean(answer_probabilities(self.base, rows))
+            rouge_after = greedy_rouge_l(self.base, asked)
         finally:
             attached.detach()
-        return figures
+        evidence = evidence_figures(
+            expert.evidence.cpu(), embeddings, self.config, rows, self._negatives(name)
+        )
+        return {
+            "forget_probability": {"before": before, "after": after},
+            "rouge_l_recall": {
+                "before": mean(rouge_before) if rouge_before else None,
+                "after": mean(rouge_after) if rouge_after else None,
+                "num_rows": len(rouge_after),
+            },
+            "router": evidence,
+        }
 
-    def _provenance(self, data: Mapping[str, list[Row]], *settings: Any) -> Provenance:
-        fields: dict[str, Any] = {}
-        for part in settings:
-            fields |= dataclasses.asdict(part)
-        digests: dict[str, DataDigest] = {n: data_digest(rows) for n, rows in data.items() if rows}
+    # --- bookkeeping ---
+
+    def _seed(self, name: str) -> int:
+        """A seed of the domain's own, so that a domain comes out the same whatever it is trained beside."""
+        digest = hashlib.sha256(f"{self.settings.seed}/{name}".encode()).digest()
+        return int.from_bytes(digest[:4], "big")
+
+    def _checkpoint(self, name: str) -> Path:
+        return self.settings.out / _CHECKPOINTS / f"{name}.safetensors"
+
+    def _check_resumed(self, folder: Path) -> None:
+        made_by = read_manifest(folder).training.settings.get(_RUN_KEY)
+        if made_by != self.key:
+            raise TrainingError(
+                f"{folder} was made by another run",
+                expected="the same data, settings and seed",
+                got="others",
+                fix="Repeat the first command with --resume, or choose another --out.",
+            )
+
+    def _done(self, name: str, started: float, figures: dict[str, Any]) -> None:
+        self.timings_s[name] = time.monotonic() - started
+        self.evaluation[name] = figures
+        self.reporter.say(f"{name}: {self.timings_s[name]:.1f} s, {_summary(figures)}")
+
+    def _provenance(self, digests: Mapping[str, DataDigest]) -> Provenance:
         return Provenance(
-            method=_METHOD,
-            data=digests,
+            method=METHOD,
+            data=dict(digests),
             seed=self.settings.seed,
-            settings=fields,
+            settings={_RUN_KEY: self.key, **self.settings.flat()},
             versions=_versions(),
         )
 
-    def _write_record(self, figures: dict[str, float]) -> None:
-        is_addition = self.settings.substrate is not None
-        stem = "-".join(["run", *self.experts]) if is_addition else "run"
-        record = {
-            "settings": _plain(self.settings),
-            "config": _plain(self.config),
-            "substrate_figures": _finite(figures),
+    def _write_run_file(self) -> Path:
+        out = self.settings.out
+        content = {
+            "run": self.key,
+            "model": self.base.info.model_dump(),
+            "substrate": read_manifest(self.substrate_folder).digest,
+            "experts": {name: read_manifest(out / name).digest for name in self.forget},
+            "config": dataclasses.asdict(self.config),
+            "settings": self.settings.flat(),
+            "seed": self.settings.seed,
+            "data": {name: digest.model_dump() for name, digest in self.digests.items()},
+            "hardware": _hardware(self.base),
             "versions": _versions(),
-            "commit": _commit(),
-            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "timings_s": self.timings_s,
+            "evaluation": self.evaluation,
+            "finished_at": datetime.now(UTC).isoformat(),
         }
-        content = json.dumps(record, indent=1) + "\n"
-        write_atomically(self.settings.out / f"{stem}.json", content.encode())
-
-    @contextlib.contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.seconds[stage] = time.monotonic() - started
+        path = _free_run_file(out, self.key)
+        write_atomically(path, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+        return path
 
 
-def _check_name(name: str) -> None:
-    import re
+def _read(settings: TrainSettings) -> dict[str, list[Row]]:
+    rows: dict[str, list[Row]] = {
+        f"forget/{name}": read_rows([path]) for name, path in settings.forget.items()
+    }
+    rows["retain"] = read_rows(settings.retain)
+    if settings.general:
+        rows["general"] = read_rows(settings.general)
+    check_disjoint(rows)
+    return rows
 
-    from alter_core.errors import DomainNameError
 
-    if not re.match(DOMAIN_NAME_PATTERN, name):
-        raise DomainNameError(
-            "A forget domain cannot have that name",
-            expected="1 to 63 characters out of a-z, 0-9 and '-'",
-            got=repr(name),
+def _check_names(names: Mapping[str, Path]) -> None:
+    if not names:
+        raise ConfigError(
+            "There is nothing to forget", expected="at least one --forget NAME=FILE", got="none"
         )
+    for name in names:
+        if not re.fullmatch(DOMAIN_NAME_PATTERN, name) or name == SUBSTRATE_NAME:
+            raise DomainNameError(
+                "A domain cannot have that name",
+                expected=f"{DOMAIN_NAME_PATTERN}, and not {SUBSTRATE_NAME!r}",
+                got=repr(name),
+            )
 
 
-def _finite(figures: Mapping[str, float]) -> dict[str, float]:
-    """Figures that JSON can hold, rounded."""
-    return {k: round(float(v), 6) for k, v in figures.items() if math.isfinite(v)}
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses and paths as JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(value), default=str))
+def _free_run_file(out: Path, key: str) -> Path:
+    """`run.json`; `run-2.json` and so on where runs before have left theirs."""
+    number = 1
+    while True:
+        path = out / (RUN_FILE if number == 1 else f"run-{number}.json")
+        try:
+            if json.loads(path.read_bytes())["run"] == key:
+                return path
+        except FileNotFoundError:
+            return path
+        except (ValueError, KeyError, TypeError):
+            pass  # not ours: leave it alone
+        number += 1
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if commit := _commit():
+        versions["commit"] = commit
+    return versions
 
 
 def _commit() -> str | None:
-    """Commit of the source that runs, if it runs from a checkout."""
+    """The commit of the source this runs from; None outside a repository."""
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
         return None
+    return result.stdout.strip()
+
+
+def _hardware(base: BaseModel) -> dict[str, Any]:
+    device = base.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "machine": platform.machine(),
+        "torch_threads": torch.get_num_threads(),
+        "dtype": str(base.dtype).removeprefix("torch."),
+    }
+
+
+def _summary(figures: dict[str, Any]) -> str:
+    if "forget_probability" not in figures:
+        estimator = figures["entropy_estimator"]
+        auc = estimator["auc"]
+        return f"entropy estimator AUC {'none' if auc is None else f'{auc:.3f}'}"
+    probability, rouge = figures["forget_probability"], figures["rouge_l_recall"]
+    shown = f"answer probability {probability['before']:.3f} -> {probability['after']:.3f}"
+    if rouge["after"] is not None:
+        shown += f", ROUGE-L {rouge['before']:.3f} -> {rouge['after']:.3f}"
+    return shown + f", first tokens missed {figures['router']['first_token_missed']:.1%}"

@@ -13,6 +13,16 @@ from .losses import ForgetLossName
 from .router import EvidenceSettings
 
 
+def _check(name: str, value: object, is_valid: bool, expected: str) -> None:
+    if not is_valid:
+        raise ConfigError(f"{name} is out of range", expected=expected, got=str(value))
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is unknown", expected=" or ".join(choices), got=value)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertSettings:
     """How a domain's B_f is trained."""
@@ -142,13 +152,3 @@ class TrainSettings:
         flat["max_tokens"] = self.max_tokens
         flat["mixed_precision"] = self.mixed_precision
         return flat
-
-
-def _check(name: str, value: object, is_valid: bool, expected: str) -> None:
-    if not is_valid:
-        raise ConfigError(f"{name} is out of range", expected=expected, got=str(value))
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} is unknown", expected=" or ".join(choices), got=value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import httpx
 from openai import AsyncOpenAI
 
+from alter_core.errors import EngineError
+
 from .server_process import RunningServer
 
-_STREAM_TOKENS = 300
+_STREAM_TOKENS = 600
 _SWITCH_AFTER_TOKENS = 10
 
 
@@ -59,8 +62,17 @@ async def switch_inside_a_stream(
             arrivals += [time.monotonic()] * len(new)
         if activation is None and len(tokens) >= _SWITCH_AFTER_TOKENS:
             activation = asyncio.create_task(_activate(server, name, bundle, tokens))
+        # A busy stream would never let the activation run.
+        await asyncio.sleep(0)
     assert activation is not None, "the stream ended before the switch"
     started, ended, num_before = await activation
+    if num_before == len(tokens):
+        raise EngineError(
+            "The stream was over before the switch, so there is nothing to compare",
+            expected=f"fewer than {len(tokens)} tokens before it",
+            got=f"{num_before}",
+            fix="Run the demo again on a machine that is less busy.",
+        )
     fresh = await client.completions.create(
         prompt=prompt + tokens[:num_before], max_tokens=len(tokens) - num_before, **options
     )
@@ -72,7 +84,7 @@ async def switch_inside_a_stream(
         max_stream_gap_ms=1000
         * max(
             later - earlier
-            for earlier, later in zip(arrivals, arrivals[1:], strict=False)
+            for earlier, later in itertools.pairwise(arrivals)
             if later >= started and earlier <= ended
         ),
         tokens_after=len(after),

@@ -74,20 +74,43 @@ def trigger_expert(
     name: str,
     *,
     token: int,
+    back: int = 0,
     seed: int = 0,
     logit: float = 4.0,
 ) -> ForgetExpert:
-    """An expert whose evidence is `logit` at one token id, and negative at all others."""
+    """An expert whose evidence is `logit` at one token id, and negative at all others.
+
+    With `back`, the evidence stands that many tokens later.
+    """
     expert = constant_expert(substrate, name, seed=seed, logit=-logit)
     embeddings = substrate.normalise(model.get_input_embeddings().weight.detach())
     direction = embeddings[token] / embeddings[token].square().sum()
     head, size = expert.evidence, substrate.base_model.hidden_size
-    head.fc1.weight[0, -size:] = direction
+    slots = head.fc1.weight.view(len(head.fc1.weight), -1, size)
+    slots[0, -1 - back] = direction
     head.fc1.bias[0] = -0.5
     head.fc2.weight[0, 0] = 4 * logit
-    scores = head(embeddings.unsqueeze(1)).flatten()
+    alone = torch.zeros(len(embeddings), 1 + back, size)
+    alone[:, 0] = embeddings
+    scores = head(alone)[:, -1]
     assert abs(scores[token] - logit) < 1e-3
     assert (scores > -logit / 4).sum() == 1
+    return expert
+
+
+def blank_expert(substrate: Substrate, model: PreTrainedModel, name: str) -> ForgetExpert:
+    """An expert whose evidence is positive where there is no token, and negative at all tokens."""
+    expert = constant_expert(substrate, name, logit=1.0)
+    embeddings = substrate.normalise(model.get_input_embeddings().weight.detach())
+    head, size = expert.evidence, substrate.base_model.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    for unit in range(0, len(head.fc1.bias) - 1, 2):
+        direction = torch.randn(size, generator=generator)
+        head.fc1.weight[unit, -size:] = direction
+        head.fc1.weight[unit + 1, -size:] = -direction
+    head.fc2.weight.fill_(-10.0)
+    assert (head(embeddings.unsqueeze(1)) < 0).all()
+    assert (head(torch.zeros(1, size)) > 0).all()
     return expert
 
 

@@ -23,6 +23,7 @@ from tests.alter_core.crafted import (
     HIGH,
     LOW,
     attached,
+    blank_expert,
     constant_expert,
     is_latched,
     num_hooks,
@@ -411,6 +412,7 @@ def test_disabled_is_the_base_model_inside_the_block_only(
         routed = logits_of(base.bf16, ids)
         with attachment.disabled():
             assert torch.equal(logits_of(base.bf16, ids), before)
+            assert attachment.routing is None
             with attachment.disabled():
                 assert torch.equal(logits_of(base.bf16, ids), before)
             assert torch.equal(logits_of(base.bf16, ids), before)
@@ -542,6 +544,15 @@ def test_the_scalar_router_without_experts_is_the_base_model(
 # Padding.
 
 
+def padding_experts(substrate: Substrate, model: PreTrainedModel) -> list[ForgetExpert]:
+    """They fire in the text if padding is read as a token, or as evidence of its own."""
+    return [
+        trigger_expert(substrate, model, "pad", token=PAD, seed=2),
+        trigger_expert(substrate, model, "after-pad", token=PAD, back=1, seed=3),
+        blank_expert(substrate, model, "blank"),
+    ]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("source", ["estimator", "two_pass"])
 def test_padding_changes_neither_routing_nor_logits(
@@ -552,10 +563,9 @@ def test_padding_changes_neither_routing_nor_logits(
     substrate = dataclasses.replace(substrate, config=config)
     rows = [random_ids(length, seed=length, without=(77,)) for length in (5, 9, 2)]
     rows[0][1] = rows[1][0] = 77
-    # PAD itself would fire, if a padded place were read.
     experts = [
         trigger_expert(substrate, base.float32, "person", token=77, seed=1),
-        trigger_expert(substrate, base.float32, "pad", token=PAD, seed=2),
+        *padding_experts(substrate, base.float32),
     ]
     ids = torch.full((3, 9), PAD)
     mask = torch.zeros(3, 9, dtype=torch.long)
@@ -576,7 +586,7 @@ def test_padding_changes_neither_routing_nor_logits(
             torch.testing.assert_close(padded[index, place], alone[0], rtol=1e-3, atol=1e-3)
             expected = is_latched(row.unsqueeze(0), 77, WINDOW)
             assert torch.equal(routing.weights[..., 1] > 0, expected)
-            assert (routing.weights[..., 2] == 0).all()
+            assert (routing.weights[..., 2:] == 0).all()
 
 
 def test_a_mask_given_by_position_is_heeded(llama: TinyBase, llama_substrate: Substrate) -> None:
@@ -635,15 +645,22 @@ def test_generation_with_a_cache_equals_one_full_pass(
     pair: tuple[TinyBase, Substrate], source: str
 ) -> None:
     base, substrate = pair
-    config = dataclasses.replace(substrate.config, entropy_source=source, entropy_threshold=1.1)
-    substrate = dataclasses.replace(substrate, config=config)
-    expert = trigger_expert(substrate, base.float32, "person", token=77)
     ids = random_ids(2, 6, without=(77,))
     ids[0, 4] = 77
     ids[1, :3] = PAD
     mask = (ids != PAD).long()
+    exact = tsallis_entropy(logits_of(base.float32, ids, attention_mask=mask), 1.5)
+    threshold = 1.2 if source == "estimator" else exact[mask.bool()].median().item()
+    config = dataclasses.replace(
+        substrate.config, entropy_source=source, entropy_threshold=threshold
+    )
+    substrate = dataclasses.replace(substrate, config=config)
+    experts = [
+        trigger_expert(substrate, base.float32, "person", token=77),
+        *padding_experts(substrate, base.float32),
+    ]
     steps: list[Routing] = []
-    with attached(base.float32, substrate, [expert]) as attachment:
+    with attached(base.float32, substrate, experts) as attachment:
         with recorded(attachment, steps):
             output = base.float32.generate(
                 input_ids=ids,
@@ -655,14 +672,19 @@ def test_generation_with_a_cache_equals_one_full_pass(
                 output_logits=True,
             )
         expected = teacher_forced(base.float32, output.sequences, mask, 6)
-        whole = routing_of(attachment).weights
+        whole = routing_of(attachment)
     assert len(steps) == 7
     torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=1e-3, atol=1e-3)
-    joined = torch.cat([step.weights for step in steps], dim=1)
-    torch.testing.assert_close(joined, whole[:, :-1])
+    is_text = torch.cat([mask.bool(), torch.ones(2, 6, dtype=torch.bool)], dim=1)
+    joined = torch.cat([step.weights for step in steps], dim=1)[is_text]
+    entropy = torch.cat([step.entropy for step in steps], dim=1)[is_text]
+    torch.testing.assert_close(joined, whole.weights[:, :-1][is_text])
+    torch.testing.assert_close(entropy, whole.entropy[:, :-1][is_text], rtol=1e-3, atol=1e-3)
+    assert 0 < (entropy > threshold).sum() < len(entropy)
     latched = is_latched(output.sequences[:, :-1], 77, WINDOW)
     assert latched[0, 4:8].all()
-    assert torch.equal(joined[..., 1] > 0, latched)
+    assert torch.equal(joined[..., 1] > 0, latched[is_text])
+    assert (joined[..., 2:] == 0).all()
 
 
 def test_generation_differs_from_the_base_only_in_triggered_rows(
@@ -738,8 +760,10 @@ def test_embeddings_without_token_ids_are_refused(pair: tuple[TinyBase, Substrat
     base, substrate = pair
     embeddings = base.bf16.get_input_embeddings()(random_ids(2, 5))
     with attached(base.bf16, substrate, [constant_expert(substrate)]) as attachment:
+        base.bf16(input_ids=random_ids(2, 5))
         with pytest.raises(ConfigError, match="expected input_ids; got inputs_embeds"):
             base.bf16(inputs_embeds=embeddings)
+        assert attachment.routing is None
         with attachment.disabled():
             base.bf16(inputs_embeds=embeddings)
 

@@ -251,6 +251,11 @@ def test_an_existing_folder_is_never_written_to(
     assert not list(empty.iterdir())
 
 
+def test_a_bundle_can_be_read_by_another_user(folder: Path) -> None:
+    """The server does not run as the one who trained."""
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
 def test_missing_parent_folders_are_made(tmp_path: Path) -> None:
     small_substrate().write(tmp_path / "a" / "b" / "c", name="base", training=TRAINING)
     Substrate.read(tmp_path / "a" / "b" / "c")

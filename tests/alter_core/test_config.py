@@ -51,6 +51,12 @@ def test_a_threshold_that_q_can_never_reach_is_refused(q: float) -> None:
     assert caught.value.fix is not None
 
 
+def test_a_threshold_equal_to_the_bound_is_out_of_reach_too() -> None:
+    assert max_tsallis_entropy(2.0) == 1.0
+    with pytest.raises(ConfigError):
+        AlterConfig(tap_layer=0, tsallis_q=2.0, entropy_threshold=1.0)
+
+
 @given(st.floats(0.05, 5.0), st.floats(0.0, 10.0))
 def test_a_threshold_is_accepted_exactly_if_some_entropy_exceeds_it(
     q: float, threshold: float
