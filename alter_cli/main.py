@@ -6,14 +6,12 @@ Results go to stdout, logs to stderr; exit 0 for success, 1 for a failure, 2 for
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 from rich.console import Console
 
 from alter_core.errors import AlterError, ConfigError, UnsupportedEngineError
-
-from .bundle import bundle_app
-from .demo.command import demo_command
 
 app = typer.Typer(
     name="alter",
@@ -24,21 +22,57 @@ app = typer.Typer(
 )
 
 
-def _compose() -> None:
-    from trainer.cli import train_command
+@app.callback()
+def _root() -> None:
+    """Keeps subcommands as such when only one is loaded."""
 
-    from server.cli import SERVE_CONTEXT, domains_app, serve_command
+
+def _demo() -> None:
+    from .demo.command import demo_command
 
     app.command("demo")(demo_command)
+
+
+def _train() -> None:
+    from trainer.cli import train_command
+
     app.command("train")(train_command)
+
+
+def _serve() -> None:
+    from server.cli import SERVE_CONTEXT, serve_command
+
     app.command("serve", context_settings=SERVE_CONTEXT)(serve_command)
+
+
+def _bundle() -> None:
+    from .bundle import bundle_app
+
     app.add_typer(bundle_app, name="bundle")
+
+
+def _domains() -> None:
+    from server.cli import domains_app
+
     app.add_typer(domains_app, name="domains")
+
+
+_LOADERS: dict[str, Callable[[], None]] = {
+    "demo": _demo,
+    "train": _train,
+    "serve": _serve,
+    "bundle": _bundle,
+    "domains": _domains,
+}
+"""What each command needs is imported only when it is called: torch alone takes seconds."""
 
 
 def app_main() -> None:
     """Entry point of the console script."""
-    _compose()
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    for name, load in _LOADERS.items():
+        if wanted in (name, "") or wanted not in _LOADERS:
+            load()
     try:
         app()
     except (ConfigError, UnsupportedEngineError) as error:
@@ -48,7 +82,11 @@ def app_main() -> None:
 
 
 def _fail(error: AlterError, code: int) -> None:
-    Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"error: {error.what}", style="red")
+    for label, text in (("expected", error.expected), ("got", error.got), ("fix", error.fix)):
+        if text is not None:
+            console.print(f"  {label + ':':<9} {text}")
     sys.exit(code)
 
 

@@ -111,7 +111,7 @@ class AttachedModel:
     def _register(self) -> Iterator[Any]:
         config = self.substrate.config
         layers = decoder_layers(self.model)
-        # The decoder, not the head around it: a caller may run it alone, and masks come to it by name.
+        # The decoder, not the head around it: it may be run alone, and gets its masks by name.
         yield self.model.base_model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         yield layers[config.tap_layer].register_forward_pre_hook(self._before_tap, with_kwargs=True)
         for layer, kind, linears in iter_sites(self.model, config):

@@ -110,9 +110,7 @@ class Manifest(_Frozen):
 
     def canonical_json(self) -> bytes:
         """The bytes whose SHA-256 is the bundle's digest; also what `manifest.json` holds."""
-        return json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
-        ).encode()
+        return _canonical(self.model_dump(mode="json"))
 
     @property
     def digest(self) -> str:
@@ -206,7 +204,7 @@ def read_manifest(folder: Path) -> Manifest:
             got=repr(version),
         )
     try:
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3]
@@ -221,6 +219,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleFormatError(
             f"{path} holds an impossible configuration", expected="bundle format 1", got=str(error)
         ) from error
+    if _canonical(raw) != manifest.canonical_json():
+        # A default filled in here would belong to the digest, and change with the version of ALTER.
+        raise BundleFormatError(
+            f"{path} leaves fields to defaults or conversion",
+            expected="every field of bundle format 1, in its own type",
+            got="another reading than its text",
+            fix=_COPY_AGAIN,
+        )
+    return manifest
 
 
 def read_bundle(folder: Path, kind: Literal["substrate", "forget-expert"]) -> Bundle:
@@ -250,6 +257,10 @@ def read_bundle(folder: Path, kind: Literal["substrate", "forget-expert"]) -> Bu
 
 
 _COPY_AGAIN = "Copy the bundle again from where it was made."
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _parse_object(path: Path, data: bytes) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,14 +72,27 @@ def load_base_model(
             expected=f"tokenizer files in {folder}",
             got=type(error).__name__,
         ) from error
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation="eager" if has_double_backward else "sdpa"
-    )
+    with _without_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", attn_implementation="eager" if has_double_backward else "sdpa"
+        )
     model.requires_grad_(False)
     model.eval()
     return BaseModel(
         model=model.to(accelerator.device), tokenizer=tokenizer, info=info, accelerator=accelerator
     )
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """The bars are the run's own."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _accelerator(device: str, mixed_precision: str) -> Accelerator:

@@ -174,8 +174,7 @@ def train_expert(
     attached = AttachedModel(base.model, substrate, [training.expert])
     try:
         while step < settings.max_steps:
-            is_epoch_end = step > 0 and step % training.steps_per_epoch == 0
-            if is_epoch_end and training.is_forgotten:
+            if step >= training.steps_per_epoch and training.is_forgotten:
                 break
             loss = training.step(step)
             step += 1

@@ -445,6 +445,8 @@ def test_the_decoder_called_without_its_head_is_routed_too(
         hidden_states = decoder(input_ids=triggered, use_cache=False).last_hidden_state
         expected = llama.bf16(input_ids=triggered, use_cache=False).logits
         assert torch.equal(llama.bf16.lm_head(hidden_states), expected)
+        by_position = decoder(triggered, use_cache=False).last_hidden_state
+        assert torch.equal(by_position, hidden_states)
 
 
 # Entropy.

@@ -378,7 +378,7 @@ def test_a_manifest_that_is_no_object_is_refused(folder: Path, text: str, kind: 
     refused(BundleFormatError, folder, expected="bundle format 1", got=kind)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 2, "1", None, [1], 1.5])
 def test_another_format_version_is_refused(folder: Path, version: Any) -> None:
     edit_manifest(folder, lambda raw: raw.update(format_version=version))
     refused(BundleFormatError, folder, expected="format_version 1", got=repr(version))
@@ -436,6 +436,27 @@ def test_a_missing_field_is_refused(folder: Path, field: str) -> None:
 def test_an_impossible_configuration_is_refused(folder: Path, change: dict[str, Any]) -> None:
     edit_manifest(folder, lambda raw: raw["config"].update(change))
     refused(BundleFormatError, folder, expected="bundle format 1", got=next(iter(change)))
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(AlterConfig)])
+def test_a_setting_left_to_its_default_is_refused(folder: Path, field: str) -> None:
+    """The default of a later version may be another one, and would still pass for this bundle."""
+    edit_manifest(folder, lambda raw: raw["config"].pop(field))
+    with pytest.raises(BundleFormatError, match="expected") as caught:
+        read_bundle(folder, "forget-expert")
+    assert caught.value.got is not None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rank", "2"), ("rank", 2.0), ("lora_alpha", 16), ("top_k", True), ("tsallis_q", "1.5")],
+)
+def test_a_setting_of_another_type_is_refused_and_not_converted(
+    folder: Path, field: str, value: Any
+) -> None:
+    edit_manifest(folder, lambda raw: raw["config"].update({field: value}))
+    with pytest.raises(BundleFormatError):
+        read_bundle(folder, "forget-expert")
 
 
 @pytest.mark.parametrize("name", ["", "Upper", "under_score", "a/b", "..", "a\n", "a" * 64, "ä"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import subprocess
@@ -25,7 +24,12 @@ TEXT = [QUESTION, "pack my box with five dozen liquor jugs", "how vexingly quick
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> TinyBundles:
-    made = make_bundles(tmp_path_factory.mktemp("serve"), num_experts=2)
+    made = make_bundles(
+        tmp_path_factory.mktemp("serve"),
+        num_experts=2,
+        trigger_rate=0.3,
+        max_position_embeddings=2048,
+    )
     train_tokenizer(TEXT * 20, vocab_size=VOCAB_SIZE).save_pretrained(made.model)
     return made
 
@@ -36,7 +40,7 @@ def server(
 ) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("log") / "server.log"
     flags = ("--alter-domain", f"from-start={bundles.experts['domain-0']}", "--alter-max-domains", "2")
-    with serve(bundles.model, bundles.substrate, log, (*flags, "--max-model-len", "512")) as running:
+    with serve(bundles.model, bundles.substrate, log, (*flags, "--max-model-len", "2048")) as running:
         yield running
 
 
@@ -82,7 +86,7 @@ def test_activation_inside_a_stream_marks_the_place_and_revocation_restores_the_
     body = {
         "model": "demo",
         "messages": [{"role": "user", "content": QUESTION}],
-        "max_tokens": 400,
+        "max_tokens": 1500,
         "stream": True,
         "ignore_eos": True,
     }
@@ -135,7 +139,7 @@ def test_metrics_count_tokens_by_expert_and_path(
 @pytest.mark.parametrize(
     ("change", "status"),
     [
-        ({"name": "Not-A-Name"}, 400),
+        ({"name": "Not-A-Name"}, 422),
         ({"bundle": "/nowhere"}, 422),
         ({"bundle": "https://example.org/bundle"}, 422),
         ({"in_flight": "drop"}, 422),
@@ -180,36 +184,24 @@ def test_shell_commands_reach_the_server(server: RunningServer, bundles: TinyBun
     assert "shell" in unknown.stderr
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--pipeline-parallel-size", "2"),
-        ("--enable-prompt-embeds",),
-        ("--enable-lora",),
-        ("--data-parallel-size", "2"),
-    ],
-    ids=lambda flags: flags[0],
-)
 def test_option_that_bypasses_the_gate_stops_the_start_with_exit_code_2(
-    flags: tuple[str, ...], bundles: TinyBundles
+    bundles: TinyBundles,
 ) -> None:
     command = [sys.executable, "-m", "alter_cli.main", "serve", str(bundles.model)]
-    command += ["--alter-substrate", str(bundles.substrate), *flags]
+    command += ["--alter-substrate", str(bundles.substrate), "--enable-prompt-embeds"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 2
-    assert "UnsupportedEngineError" in result.stderr
+    assert "--enable-prompt-embeds cannot be used" in result.stderr
 
 
 def test_damaged_start_up_domain_stops_the_start(bundles: TinyBundles, tmp_path: Path) -> None:
     torn = tmp_path / "torn"
     torn.mkdir()
     for file in bundles.experts["domain-0"].iterdir():
-        (torn / file.name).write_bytes(file.read_bytes()[:-3])
+        data = file.read_bytes()
+        (torn / file.name).write_bytes(data[:-3] if file.suffix == ".safetensors" else data)
     command = [sys.executable, "-m", "alter_cli.main", "serve", str(bundles.model)]
     command += ["--alter-substrate", str(bundles.substrate), "--alter-domain", f"torn={torn}"]
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-        assert result.returncode == 1
-        assert "Bundle" in result.stderr
-        return
-    pytest.fail("the server started with a torn bundle")
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 1
+    assert "does not match its manifest" in result.stderr

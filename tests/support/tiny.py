@@ -152,6 +152,7 @@ def make_bundles(
     *,
     num_experts: int = 2,
     config: AlterConfig | None = None,
+    trigger_rate: float = 0.05,
     **model_overrides: Any,
 ) -> TinyBundles:
     """A saved model, substrate and experts named `domain-0`, `domain-1`, ..."""
@@ -163,7 +164,7 @@ def make_bundles(
     experts = {}
     for index in range(num_experts):
         name = f"domain-{index}"
-        expert = random_expert(substrate, name, seed=10 + index)
+        expert = random_expert(substrate, name, seed=10 + index, trigger_rate=trigger_rate)
         expert.write(
             folder / name, substrate, training=PROVENANCE, evaluation={"forget_probability": 0.01}
         )
