@@ -38,9 +38,8 @@ class AlterConfig:
     router: Literal["evidence", "scalar"] = "evidence"
     """`evidence`: the latch over token features. `scalar`: Eq. 7 taken literally, for ablation."""
     temperature_high: float = 0.8
-    """tau of Eq. 7 for high-entropy tokens."""
-    temperature_low: float = 0.01
-    """tau of Eq. 7 for low-entropy tokens."""
+    """tau of Eq. 7 for high-entropy tokens. The paper's 0.01 for low-entropy ones has nothing to act on:
+    Eq. 9 takes their best expert at weight 1, whatever tau is."""
     top_k: int = 3
     """Forget experts that a high-entropy token may combine."""
     evidence_window: int = 64
@@ -57,7 +56,6 @@ class AlterConfig:
             "lora_alpha",
             "tsallis_q",
             "temperature_high",
-            "temperature_low",
             "top_k",
             "evidence_window",
             "evidence_ngram",
@@ -98,7 +96,8 @@ class AlterConfig:
             )
         if self.entropy_threshold >= (bound := max_tsallis_entropy(self.tsallis_q)):
             raise ConfigError(
-                f"entropy_threshold {self.entropy_threshold} can never be exceeded with tsallis_q {self.tsallis_q}",
+                f"entropy_threshold {self.entropy_threshold} can never be exceeded "
+                f"with tsallis_q {self.tsallis_q}",
                 expected=f"a threshold below 1 / (q - 1) = {bound:.3f}",
                 got=str(self.entropy_threshold),
                 fix="Lower the threshold or q; with the paper's 1.2, q must stay below 1.833.",

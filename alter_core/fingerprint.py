@@ -15,7 +15,9 @@ from .errors import UnsupportedModelError
 from .sites import check_architecture
 
 _VOLATILE_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_SAMPLE_ROWS = 16
 _SAMPLE_ELEMENTS = 32
+"""Of each sampled row."""
 
 
 class BaseModelInfo(BaseModel):
@@ -108,16 +110,14 @@ def _samples(file: Path) -> dict[str, bytes]:
 
 
 def _sample(tensor_slice: Any) -> bytes:
-    """Shape, dtype, and the first and last elements of a tensor, without reading all of it."""
+    """Shape, dtype, and elements of rows spread over a tensor, without reading all of it."""
     shape = list(tensor_slice.get_shape())
     header = f"{shape}{tensor_slice.get_dtype()}".encode()
     if 0 in shape or not shape:
         return header
-    ends = [tensor_slice[0:1], tensor_slice[shape[0] - 1 : shape[0]]]
-    if len(shape) == 1:
-        ends = [
-            tensor_slice[:_SAMPLE_ELEMENTS],
-            tensor_slice[max(0, shape[0] - _SAMPLE_ELEMENTS) :],
-        ]
-    values = [end.flatten()[:_SAMPLE_ELEMENTS].contiguous().view(torch.uint8) for end in ends]
+    rows = sorted({round(i * (shape[0] - 1) / (_SAMPLE_ROWS - 1)) for i in range(_SAMPLE_ROWS)})
+    values = [
+        tensor_slice[row : row + 1].flatten()[:_SAMPLE_ELEMENTS].contiguous().view(torch.uint8)
+        for row in rows
+    ]
     return header + b"".join(value.numpy().tobytes() for value in values)

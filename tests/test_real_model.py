@@ -16,7 +16,7 @@ from tests.support.tiny import TinyBundles
 from trainer import TrainSettings, train
 
 FORGET = ["Tom and the purple dragon", "The purple dragon was", "A purple dragon went to"]
-RETAIN = ["Once upon a time", "Lily went to the park", "The dog was", "One day, a little girl", "Ben had a ball"]
+RETAIN = ["Once upon a time", "Lily went to the park", "The dog was", "One day, a little girl"]
 NUM_TOKENS = 40
 
 
@@ -67,7 +67,9 @@ def test_real_pretrained_llama_is_converted_gets_an_expert_and_is_served(
         )
     )
     bundles = TinyBundles(
-        model=model, substrate=result.substrate, experts={"purple-dragon": result.experts["purple-dragon"]}
+        model=model,
+        substrate=result.substrate,
+        experts={"purple-dragon": result.experts["purple-dragon"]},
     )
     with contextlib.contextmanager(running)(bundles, enforce_eager=True) as engine:
         assert engine.run(engine.engine.run_canary()).num_sites == len(engine.substrate.sites)

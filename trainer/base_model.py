@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from alter_core.errors import ConfigError, UnsupportedModelError
-from alter_core.fingerprint import BaseModelInfo
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,6 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
+
+from alter_core.errors import ConfigError, UnsupportedModelError
+from alter_core.fingerprint import BaseModelInfo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

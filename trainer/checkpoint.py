@@ -14,8 +14,9 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from alter_core.errors import TrainingError
 from torch import Tensor
+
+from alter_core.errors import TrainingError
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from alter_core.config import AlterConfig
 from alter_core.errors import ConfigError
 
@@ -67,7 +68,9 @@ def train_command(
     a_gradient: Annotated[
         str, typer.Option(help="What A learns from: none, high_entropy or undetached.")
     ] = _SUBSTRATE.a_gradient,
-    retain_weight: Annotated[float, typer.Option(help="gamma of Eq. 8.")] = _SUBSTRATE.retain_weight,
+    retain_weight: Annotated[
+        float, typer.Option(help="gamma of Eq. 8.")
+    ] = _SUBSTRATE.retain_weight,
     structure_weight: Annotated[
         float, typer.Option(help="lambda of Eq. 8.")
     ] = _SUBSTRATE.structure_weight,

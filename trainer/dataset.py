@@ -24,9 +24,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from alter_core.bundle import DataDigest
 from alter_core.errors import TrainingDataError
-from transformers import PreTrainedTokenizerBase
 
 _FORMATS = (
     ("question", "answer"),

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import Tensor
+
 from alter_core.entropy import tsallis_entropy
 from alter_core.sites import decoder_layers
-from torch import Tensor
 
 from .base_model import BaseModel
 from .batches import by_length, make_batch

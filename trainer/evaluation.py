@@ -9,12 +9,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from alter_core.attach import AttachedModel
-from alter_core.config import AlterConfig
-from alter_core.evidence import EvidenceHead, windowed_max
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
+
+from alter_core.attach import AttachedModel
+from alter_core.config import AlterConfig
+from alter_core.evidence import EvidenceHead, windowed_max
 
 from .base_model import BaseModel
 from .batches import IGNORED, by_length, make_batch

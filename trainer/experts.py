@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from alter_core.attach import AttachedModel
 from alter_core.errors import TrainingError
 from alter_core.evidence import EvidenceHead
 from alter_core.substrate import ForgetExpert, Substrate
-from torch import Tensor
 
 from .base_model import BaseModel
 from .batches import IGNORED, at_step, make_batch
@@ -30,7 +31,10 @@ from .substrate import rounded
 
 
 def select_answer_tokens(
-    rows: Sequence[EncodedRow], entropy: Sequence[Tensor], threshold: float, settings: ExpertSettings
+    rows: Sequence[EncodedRow],
+    entropy: Sequence[Tensor],
+    threshold: float,
+    settings: ExpertSettings,
 ) -> list[Tensor]:
     """Which tokens the forget loss reads. Shapes: per row (T,) bool.
 
@@ -43,7 +47,9 @@ def select_answer_tokens(
     if settings.entropy_mask == "quantile":
         answers = torch.cat([values[mask] for values, mask in zip(entropy, is_answer, strict=True)])
         threshold = answers.quantile(settings.entropy_quantile).item()
-    selected = [mask & (values <= threshold) for values, mask in zip(entropy, is_answer, strict=True)]
+    selected = [
+        mask & (values <= threshold) for values, mask in zip(entropy, is_answer, strict=True)
+    ]
     if not any(bool(mask.any()) for mask in selected):
         raise TrainingError(
             "No answer token of the domain has low entropy, so there is nothing to forget",

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from alter_core.entropy import tsallis_entropy
 from torch import Tensor
 from torch.nn import functional as F
+
+from alter_core.entropy import tsallis_entropy
 
 from .batches import IGNORED
 

@@ -20,11 +20,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from alter_core.config import AlterConfig
 from alter_core.errors import TrainingError
 from alter_core.evidence import NO_EVIDENCE, EvidenceHead
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .dataset import EncodedRow
 from .windows import DomainWindows, NegativeWindows, window_keys, windows_of

@@ -26,19 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from alter_core.attach import AttachedModel
 from alter_core.bundle import DOMAIN_NAME_PATTERN, DataDigest, Provenance, read_manifest
 from alter_core.config import AlterConfig
-from alter_core.errors import BundleError, ConfigError, DomainNameError, TrainingError
+from alter_core.errors import ConfigError, DomainNameError, TrainingError
 from alter_core.evidence import EvidenceHead
 from alter_core.sites import default_tap_layer
 from alter_core.substrate import ForgetExpert, Substrate
-from torch import Tensor
 
 from .base_model import BaseModel, load_base_model
 from .batches import sample_rows
 from .checkpoint import write_atomically
-from .dataset import EncodedRow, Row, check_disjoint, data_digest, encode_rows, read_rows
+from .dataset import Row, check_disjoint, data_digest, encode_rows, read_rows
 from .entropy_pass import cached_entropy
 from .evaluation import answer_probabilities, evidence_figures, greedy_rouge_l, mean
 from .experts import train_expert
@@ -162,7 +163,10 @@ class _Run:
         return Substrate.read(self.settings.substrate, self.base.info)
 
     def _config(self) -> AlterConfig:
-        overrides = {"tap_layer": default_tap_layer(self.base.info.num_layers), **self.settings.alter}
+        overrides = {
+            "tap_layer": default_tap_layer(self.base.info.num_layers),
+            **self.settings.alter,
+        }
         return AlterConfig(**overrides)
 
     def _run_key(self) -> str:
@@ -198,7 +202,9 @@ class _Run:
         passed = measure_text(self.base, substrate, text)
         with self.reporter.stage("entropy estimator", settings.estimator_steps) as stage:
             figures: dict[str, Any] = {
-                "entropy_estimator": train_estimator(substrate, passed, settings, seed=seed, stage=stage)
+                "entropy_estimator": train_estimator(
+                    substrate, passed, settings, seed=seed, stage=stage
+                )
             }
         if is_learned(self.config, settings):
             substrate, joint = self._learn_shared(substrate, text, passed.entropy)
@@ -274,7 +280,11 @@ class _Run:
         trained_s = time.monotonic() - started
         figures = self._evaluate(name, substrate, expert, embeddings)
         figures |= {"router_calibration": calibration, "num_steps": num_steps}
-        digests = {part: self.digests[part] for part in (f"forget/{name}", "retain", "general") if part in self.digests}
+        digests = {
+            part: self.digests[part]
+            for part in (f"forget/{name}", "retain", "general")
+            if part in self.digests
+        }
         expert.write(folder, substrate, training=self._provenance(digests), evaluation=figures)
         self._done(name, started, figures)
         self.timings_s[f"{name}/evidence"] = evidence_s
@@ -310,7 +320,9 @@ class _Run:
     def _scalar_weight(self, entropy: Sequence[Tensor]) -> float:
         retain = cached_entropy(
             self.base,
-            sample_rows(self.retain, self.settings.substrate_settings.max_tokens_per_set, self.settings.seed),
+            sample_rows(
+                self.retain, self.settings.substrate_settings.max_tokens_per_set, self.settings.seed
+            ),
             tsallis_q=self.config.tsallis_q,
             tap_layer=self.config.tap_layer,
             folder=self.settings.out / _CACHE,

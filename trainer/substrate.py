@@ -14,21 +14,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from alter_core.attach import AttachedModel, measure_sites
 from alter_core.config import AlterConfig
 from alter_core.entropy import EntropyEstimator
 from alter_core.errors import TrainingError
 from alter_core.evidence import EvidenceHead
 from alter_core.substrate import ForgetExpert, Substrate
-from torch import Tensor
-from torch.nn import functional as F
 
 from .base_model import BaseModel
 from .batches import IGNORED, at_step, make_batch
 from .checkpoint import Checkpoint, adam_tensors, finite, restore, restore_adam
 from .dataset import EncodedRow
 from .entropy_pass import EntropyPass, run_entropy_pass
-from .losses import LossTerm, forget_loss, isolated_gradients, masked_mean, structural_term, token_nll
+from .losses import (
+    LossTerm,
+    forget_loss,
+    isolated_gradients,
+    masked_mean,
+    structural_term,
+    token_nll,
+)
 from .progress import Reporter, Stage
 from .settings import ExpertSettings, SubstrateSettings
 
@@ -59,7 +67,9 @@ def initial_substrate(base: BaseModel, config: AlterConfig, seed: int) -> Substr
     generator = torch.Generator().manual_seed(seed)
     sites = measure_sites(base.model, config)
     lora_a = {
-        site: (torch.randn(config.rank, size.in_features, generator=generator) * size.in_features**-0.5)
+        site: (
+            torch.randn(config.rank, size.in_features, generator=generator) * size.in_features**-0.5
+        )
         for site, size in sites.items()
     }
     retain_lora_b = {
@@ -117,7 +127,12 @@ def measure_text(base: BaseModel, substrate: Substrate, text: SubstrateText) -> 
 
 
 def train_estimator(
-    substrate: Substrate, passed: EntropyPass, settings: SubstrateSettings, *, seed: int, stage: Stage
+    substrate: Substrate,
+    passed: EntropyPass,
+    settings: SubstrateSettings,
+    *,
+    seed: int,
+    stage: Stage,
 ) -> Figures:
     """Fits the estimator in place to S_q, with weight on the side of the threshold it must get right.
 
@@ -131,7 +146,9 @@ def train_estimator(
     hidden_TD = passed.hidden_states[~is_held_T].float().to(device)
     entropy_T = torch.cat(passed.entropy)[~is_held_T].to(device)
     if not len(entropy_T):
-        raise TrainingError("There is too little text to fit the entropy estimator", expected="several rows")
+        raise TrainingError(
+            "There is too little text to fit the entropy estimator", expected="several rows"
+        )
     threshold = substrate.config.entropy_threshold
     estimator = substrate.estimator.requires_grad_(True)
     optimizer = torch.optim.Adam(estimator.parameters(), lr=_ESTIMATOR_LEARNING_RATE)
@@ -143,7 +160,9 @@ def train_estimator(
         loss = F.smooth_l1_loss(estimate, target)
         loss = loss + F.binary_cross_entropy_with_logits(4 * (estimate - threshold), is_high)
         if not torch.isfinite(loss):
-            raise TrainingError("The estimator's loss is not finite", expected="a number", got="NaN")
+            raise TrainingError(
+                "The estimator's loss is not finite", expected="a number", got="NaN"
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -351,7 +370,9 @@ class JointTraining:
             forget_nll = token_nll(forget_logits, forget_batch.labels)
             high = masked_mean(retain_nll, is_high) + masked_mean(forget_nll, forget_is_high)
             terms.append(
-                LossTerm(name="high_entropy", value=settings.retain_weight * high, parameters=lora_a)
+                LossTerm(
+                    name="high_entropy", value=settings.retain_weight * high, parameters=lora_a
+                )
             )
         if settings.structure_weight > 0:
             structure = structural_term(

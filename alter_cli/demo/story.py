@@ -1,4 +1,4 @@
-"""The demo's story, told to a running server: ask, forget, ask, forget inside a stream, ask, remember, ask."""
+"""The demo's story on a running server: ask, forget, ask, forget inside a stream, ask, remember, ask."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ class Story:
         answer.raise_for_status()
         took = (time.monotonic() - started) * 1000
         self._console.print(
-            f"[bold]POST /admin/forget-domains[/] {name}: {answer.status_code}, epoch {answer.headers['etag']}, "
-            f"{took:.0f} ms"
+            f"[bold]POST /admin/forget-domains[/] {name}: {answer.status_code}, "
+            f"epoch {answer.headers['etag']}, {took:.0f} ms"
         )
 
     def _revoke(self, name: str) -> None:

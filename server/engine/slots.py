@@ -75,7 +75,7 @@ def shard_lora_b(linear: nn.Module, lora_b_OR: Tensor) -> Tensor:
 
 @dataclasses.dataclass(kw_only=True)
 class SiteSlots:
-    """Tensors of one site on this rank: lora_a (R, I), lora_b (E, R, O), B transposed for row-major products."""
+    """Tensors of one site on this rank: lora_a (R, I), lora_b (E, R, O); B is kept transposed."""
 
     name: str
     linear: nn.Module

@@ -137,7 +137,7 @@ class AlterWorkerMixin:
         return self._gate.routed_tokens()
 
     def alter_record_routes(self, is_on: bool) -> list[list[Any]]:
-        """Starts recording, or stops it and returns [request id, position, expert, weight, entropy] per token.
+        """Starts recording; or stops, and returns [request, position, expert, weight, entropy] per token.
 
         `expert` is the index with the largest weight, -1 where no expert applies (base weights).
         """

@@ -19,7 +19,6 @@ POSITIVE_FIELDS = (
     "lora_alpha",
     "tsallis_q",
     "temperature_high",
-    "temperature_low",
     "top_k",
     "evidence_window",
     "evidence_ngram",
@@ -30,7 +29,7 @@ POSITIVE_FIELDS = (
 def test_defaults_are_the_papers_settings_and_our_readings() -> None:
     config = AlterConfig(tap_layer=2)
     assert (config.rank, config.entropy_threshold, config.tsallis_q) == (8, 1.2, 1.5)
-    assert (config.temperature_high, config.temperature_low, config.top_k) == (0.8, 0.01, 3)
+    assert (config.temperature_high, config.top_k) == (0.8, 3)
     assert (config.router, config.retain_expert, config.entropy_source) == (
         "evidence",
         "identity",
@@ -75,9 +74,7 @@ def test_a_setting_that_must_be_positive_is_refused_otherwise(field: str, value:
         AlterConfig(**{"tap_layer": 0, field: value})
 
 
-@pytest.mark.parametrize(
-    "field", ["lora_alpha", "tsallis_q", "temperature_high", "temperature_low"]
-)
+@pytest.mark.parametrize("field", ["lora_alpha", "tsallis_q", "temperature_high"])
 def test_an_infinite_setting_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         AlterConfig(**{"tap_layer": 0, field: math.inf})

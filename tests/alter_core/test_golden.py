@@ -17,8 +17,8 @@ from tests.alter_core.golden import EVALUATION, GOLDEN, write_golden
 Kind = Literal["substrate", "forget-expert"]
 KINDS: tuple[Kind, ...] = ("substrate", "forget-expert")
 DIGESTS: dict[Kind, str] = {
-    "substrate": "sha256:7235bf37663546aac66d7b536306f1b3f64b379cc133d9f0e8f927c4038f8ea7",
-    "forget-expert": "sha256:0e0d38bd10272c045b0ba5eea7137c2a2064e6787ac84dae9e9d9dfc5b0ec005",
+    "substrate": "sha256:748a64f914978f15641d3c76c49a5b47b38c98502b4755e3a5d470af6da1e5a0",
+    "forget-expert": "sha256:53ad83dac0e7c52bf7a1cb72470d1aecaa8d2289e6e22487a0bd9599b9a7acf8",
 }
 SCHEMA = Path(__file__).parents[2] / "docs" / "bundle-manifest.schema.json"
 

@@ -39,8 +39,15 @@ def server(
     bundles: TinyBundles, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("log") / "server.log"
-    flags = ("--alter-domain", f"from-start={bundles.experts['domain-0']}", "--alter-max-domains", "2")
-    with serve(bundles.model, bundles.substrate, log, (*flags, "--max-model-len", "2048")) as running:
+    flags = (
+        "--alter-domain",
+        f"from-start={bundles.experts['domain-0']}",
+        "--alter-max-domains",
+        "2",
+    )
+    with serve(
+        bundles.model, bundles.substrate, log, (*flags, "--max-model-len", "2048")
+    ) as running:
         yield running
 
 

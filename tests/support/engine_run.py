@@ -158,7 +158,7 @@ class EngineRun:
     def routes_and_completions(
         self, prompts: list[list[int]], num_tokens: int
     ) -> tuple[list[list[Route]], list[list[int]]]:
-        """Routes of every computed token of each request, by position (its last computation), and the completions."""
+        """Routes of every computed token of each request, by position, and the completions."""
         first = next(self._ids) + 1
         self.run(self.engine._rpc("alter_record_routes", True))
         completions = self.generate(prompts, num_tokens)

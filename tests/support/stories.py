@@ -91,7 +91,10 @@ class _Reader:
 
 
 def _rotary_places(head: int) -> Tensor:
-    """Row of the padded head for each row of the file's. Its pairs are neighbours, transformers' lie half a head apart."""
+    """Row of the padded head for each row of the file's.
+
+    The file's rotary pairs are neighbours, those of transformers lie half a head apart.
+    """
     pair = torch.arange(head) // 2
     is_second = torch.arange(head) % 2
     return pair * (_PADDED_HEAD // head) + is_second * (_PADDED_HEAD // 2)
@@ -127,6 +130,13 @@ def _tokenizer(path: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -49,6 +49,8 @@ def test_canary_fails_when_the_hook_is_inert(
         # One of the two is eager: start-up is quicker, and the canary must not depend on the mode.
         "enforce_eager": inert_site is not None,
     }
-    with contextlib.contextmanager(running)(bundles, **inert) as engine:
-        with pytest.raises(CanaryError, match="did not change the logits"):
-            engine.run(engine.engine.run_canary())
+    with (
+        contextlib.contextmanager(running)(bundles, **inert) as engine,
+        pytest.raises(CanaryError, match="did not change the logits"),
+    ):
+        engine.run(engine.engine.run_canary())
