@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -54,7 +53,9 @@ class BaseSettings:
     general_tokens: int = 96
     """General texts are cut to this length for training, tokens."""
     num_threads: int = 2
-    """CPU threads."""
+    """CPU threads. More than one wants `OMP_WAIT_POLICY=passive` in the environment before torch
+    is imported: on a machine that is busy otherwise, threads that spin cost four fifths of the
+    speed (two shared cores: about 320 tokens/s spinning, 1,500 passive)."""
     min_probability: float = 0.97
     """Least mean answer probability (0 to 1), in every known part, of a model to be kept."""
     min_exact: float = 0.95
@@ -122,7 +123,7 @@ def load_base(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The saved model, bfloat16 and in evaluation mode, and its tokenizer."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def evaluate(folder: Path, corpus: Corpus) -> dict[str, Recall]:
