@@ -5,13 +5,16 @@ Results go to stdout, logs to stderr; exit 0 for success, 1 for a failure, 2 for
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
-from alter_core.errors import AlterError, ConfigError, UnsupportedEngineError
+if TYPE_CHECKING:
+    from alter_core.errors import AlterError
 
 app = typer.Typer(
     name="alter",
@@ -28,6 +31,8 @@ def _root() -> None:
 
 
 def _demo() -> None:
+    # Before torch is loaded: on a busy machine, threads that spin while they wait starve each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from .demo.command import demo_command
 
     app.command("demo")(demo_command)
@@ -73,6 +78,8 @@ def app_main() -> None:
     for name, load in _LOADERS.items():
         if wanted in (name, "") or wanted not in _LOADERS:
             load()
+    from alter_core.errors import AlterError, ConfigError, UnsupportedEngineError
+
     try:
         app()
     except (ConfigError, UnsupportedEngineError) as error:

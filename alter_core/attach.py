@@ -139,7 +139,8 @@ class AttachedModel:
         past = kwargs.get("past_key_values")
         num_past = past.get_seq_length() if past is not None else 0
         ids, mask = self._with_history(input_ids, kwargs.get("attention_mask"), num_past)
-        with torch.no_grad():
+        # The gate is float32 even where the caller runs the model under autocast.
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             logits = self.evidence_logits(ids, mask)[:, num_past:]
             entropy = None
             if self.substrate.config.entropy_source == "two_pass":
@@ -186,7 +187,7 @@ class AttachedModel:
         self._pending = None
         hidden_states = args[0] if args else kwargs["hidden_states"]
         config = self.substrate.config
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
             if entropy is None:
                 entropy = self.substrate.estimator(hidden_states)
             if config.router == "scalar":

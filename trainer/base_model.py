@@ -1,4 +1,7 @@
-"""The frozen base model, its tokenizer and its identity."""
+"""The frozen base model, its tokenizer and its identity.
+
+Legend: B batch, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +24,8 @@ from transformers.utils import logging
 from alter_core.errors import ConfigError, UnsupportedModelError
 from alter_core.fingerprint import BaseModelInfo
 
+from .batches import Batch
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseModel:
@@ -28,12 +34,10 @@ class BaseModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     info: BaseModelInfo
-    accelerator: Accelerator
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        return self.accelerator.device
+    device: torch.device
+    """Where the model lives."""
+    mixed_precision: str = "no"
+    """`bf16`: forward passes run under autocast."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,6 +54,20 @@ class BaseModel:
         """A token id to pad with; masks hide it, so any will do."""
         return self.tokenizer.pad_token_id or 0
 
+    def autocast(self) -> torch.autocast:
+        """The context that forward passes run in."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.mixed_precision == "bf16"
+        )
+
+    def logits(self, batch: Batch) -> Tensor:
+        """One forward pass, with whatever is attached to the model. Shapes: batch (B, T) -> (B, T, V)."""
+        with self.autocast():
+            logits: Tensor = self.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).logits
+        return logits
+
 
 def load_base_model(
     folder: Path,
@@ -64,7 +82,9 @@ def load_base_model(
     Raises: UnsupportedModelError, ConfigError.
     """
     info = BaseModelInfo.from_folder(folder)
-    accelerator = _accelerator(device, mixed_precision)
+    if mixed_precision not in ("no", "bf16"):
+        raise ConfigError("mixed_precision is unknown", expected="no or bf16", got=mixed_precision)
+    place = _place(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -80,7 +100,11 @@ def load_base_model(
     model.requires_grad_(False)
     model.eval()
     return BaseModel(
-        model=model.to(accelerator.device), tokenizer=tokenizer, info=info, accelerator=accelerator
+        model=model.to(place),
+        tokenizer=tokenizer,
+        info=info,
+        device=place,
+        mixed_precision=mixed_precision,
     )
 
 
@@ -96,7 +120,8 @@ def _without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _accelerator(device: str, mixed_precision: str) -> Accelerator:
+def _place(device: str) -> torch.device:
+    """The device that accelerate chooses, or the one that is asked for."""
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError("device is unknown", expected="auto, cpu or cuda", got=device)
     if device == "cuda" and not torch.cuda.is_available():
@@ -106,14 +131,15 @@ def _accelerator(device: str, mixed_precision: str) -> Accelerator:
             got="none",
             fix="Use --device cpu.",
         )
-    if mixed_precision not in ("no", "bf16"):
-        raise ConfigError("mixed_precision is unknown", expected="no or bf16", got=mixed_precision)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
+    if device == "cpu":
+        return torch.device("cpu")
+    # Precision is a run's own matter: accelerate keeps one setting for the whole process.
+    accelerator = Accelerator(mixed_precision="no")
     if accelerator.num_processes > 1:
         raise ConfigError(
             "Training runs in one process",
             expected="1 process",
             got=f"{accelerator.num_processes}",
-            fix="Start `alter train` without `accelerate launch`; train domains one by one on several machines.",
+            fix="Start `alter train` itself, without `accelerate launch`.",
         )
-    return accelerator
+    return torch.device(accelerator.device)

@@ -2,36 +2,104 @@
 
 from __future__ import annotations
 
-import dataclasses
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from alter_core.config import AlterConfig
+from alter_core.config import SITE_KINDS, AlterConfig
 from alter_core.errors import ConfigError
 
 from .progress import RichReporter
-from .router import EvidenceSettings
 from .run import train
 from .settings import ExpertSettings, SubstrateSettings, TrainSettings
 
-_ALTER = {field.name: field.default for field in dataclasses.fields(AlterConfig)}
-_EXPERT = ExpertSettings()
+_METHOD = "Method (of a new substrate; an existing one fixes it)"
+_SHARED = "Substrate training"
+_EXPERTS = "Expert training"
+_CONFIG = AlterConfig(tap_layer=0)
 _SUBSTRATE = SubstrateSettings()
-_TRAIN = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+_EXPERT = ExpertSettings()
+_RUN = TrainSettings(model=Path(), out=Path(), forget={}, retain=())
 
 
-def _method(name: str) -> str:
-    """Help suffix: method options are None unless given, since a substrate may fix them."""
-    return f"[default: {_ALTER[name]}; fixed by --substrate]"
+class ForgetLoss(StrEnum):
+    """See `ExpertSettings.forget_loss`."""
+
+    IHL = "ihl"
+    CAPPED = "capped"
+
+
+class EntropyMask(StrEnum):
+    """See `ExpertSettings.entropy_mask`."""
+
+    THRESHOLD = "threshold"
+    QUANTILE = "quantile"
+    NONE = "none"
+
+
+class AGradient(StrEnum):
+    """See `SubstrateSettings.a_gradient`."""
+
+    NONE = "none"
+    HIGH_ENTROPY = "high_entropy"
+    UNDETACHED = "undetached"
+
+
+class RetainExpert(StrEnum):
+    """See `AlterConfig.retain_expert`."""
+
+    IDENTITY = "identity"
+    TRAINED = "trained"
+
+
+class Router(StrEnum):
+    """See `AlterConfig.router`."""
+
+    EVIDENCE = "evidence"
+    SCALAR = "scalar"
+
+
+class EntropySource(StrEnum):
+    """See `AlterConfig.entropy_source`."""
+
+    ESTIMATOR = "estimator"
+    TWO_PASS = "two_pass"
+
+
+class MixedPrecision(StrEnum):
+    """See `TrainSettings.mixed_precision`."""
+
+    NO = "no"
+    BF16 = "bf16"
+
+
+_MIXED_PRECISION = MixedPrecision(_RUN.mixed_precision)
+_FORGET_LOSS = ForgetLoss(_EXPERT.forget_loss)
+_ENTROPY_MASK = EntropyMask(_EXPERT.entropy_mask)
+_A_GRADIENT = AGradient(_SUBSTRATE.a_gradient)
+
+
+def _method(text: str, default: object) -> Any:
+    """An option that is None unless given, since an existing substrate has the say."""
+    return typer.Option(help=f"{text} \\[default: {default}]", rich_help_panel=_METHOD)
+
+
+def _shared(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=_SHARED)
+
+
+def _experts(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=_EXPERTS)
 
 
 def train_command(
     model: Annotated[Path, typer.Argument(help="Base model folder, transformers layout.")],
     out: Annotated[Path, typer.Option(help="Folder for the bundles and run.json.")],
     forget: Annotated[
-        list[str], typer.Option(help="Domain and its rows, NAME=FILE.jsonl; repeatable.")
+        list[str],
+        typer.Option(metavar="NAME=FILE.jsonl", help="A domain and its rows; repeatable."),
     ],
     retain: Annotated[list[Path], typer.Option(help="Rows to be kept; repeatable.")],
     general: Annotated[
@@ -41,79 +109,78 @@ def train_command(
     substrate: Annotated[
         Path | None, typer.Option(help="Add experts to this substrate instead of making one.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = _TRAIN["seed"],
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _TRAIN["device"],
+    auto_domains: Annotated[
+        int, typer.Option(help="Cut the one --forget file into so many domains.")
+    ] = _RUN.auto_domains,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = _RUN.seed,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _RUN.device,
     mixed_precision: Annotated[
-        str, typer.Option(help="no: the checkpoint's dtype; bf16: autocast.")
-    ] = _TRAIN["mixed_precision"],
-    max_tokens: Annotated[int, typer.Option(help="Longest row, in tokens.")] = _TRAIN["max_tokens"],
+        MixedPrecision, typer.Option(help="no: the checkpoint's dtype; bf16: autocast.")
+    ] = _MIXED_PRECISION,
+    max_tokens: Annotated[int, typer.Option(help="Longest row, in tokens.")] = _RUN.max_tokens,
     evaluation_rows: Annotated[
         int, typer.Option(help="Rows per domain whose greedy answers are scored.")
-    ] = _TRAIN["evaluation_rows"],
-    forget_loss: Annotated[str, typer.Option(help="ihl or capped.")] = _EXPERT.forget_loss,
-    forget_cap: Annotated[float, typer.Option(help="Cap of `capped`, nats.")] = _EXPERT.forget_cap,
+    ] = _RUN.evaluation_rows,
+    forget_loss: Annotated[
+        ForgetLoss, _experts("Inverted hinge loss, or token loss up to a cap.")
+    ] = _FORGET_LOSS,
+    forget_cap: Annotated[float, _experts("Cap of `capped`, in nats.")] = _EXPERT.forget_cap,
     entropy_mask: Annotated[
-        str, typer.Option(help="Answer tokens to forget: threshold, quantile or none.")
-    ] = _EXPERT.entropy_mask,
+        EntropyMask, _experts("Answer tokens to forget: S_q below the threshold, a share, all.")
+    ] = _ENTROPY_MASK,
     entropy_quantile: Annotated[
-        float, typer.Option(help="Share that `quantile` selects.")
+        float, _experts("Share that `quantile` selects.")
     ] = _EXPERT.entropy_quantile,
-    learning_rate: Annotated[float, typer.Option(help="Of B_f.")] = _EXPERT.learning_rate,
-    batch_rows: Annotated[int, typer.Option(help="Rows a step.")] = _EXPERT.batch_rows,
-    max_steps: Annotated[int, typer.Option(help="Steps per domain at most.")] = _EXPERT.max_steps,
+    learning_rate: Annotated[float, _experts("Of B_f.")] = _EXPERT.learning_rate,
+    batch_rows: Annotated[int, _experts("Rows a step.")] = _EXPERT.batch_rows,
+    max_steps: Annotated[int, _experts("Steps per domain, at most.")] = _EXPERT.max_steps,
     target_probability: Annotated[
-        float, typer.Option(help="Stop once answers are this improbable; 0: never.")
+        float, _experts("Stop once answers are this improbable; 0: never.")
     ] = _EXPERT.target_probability,
     a_gradient: Annotated[
-        str, typer.Option(help="What A learns from: none, high_entropy or undetached.")
-    ] = _SUBSTRATE.a_gradient,
-    retain_weight: Annotated[
-        float, typer.Option(help="gamma of Eq. 8.")
-    ] = _SUBSTRATE.retain_weight,
+        AGradient, _shared("What A learns from; the paper: high_entropy.")
+    ] = _A_GRADIENT,
+    learning_rate_a: Annotated[float, _shared("Of A.")] = _SUBSTRATE.learning_rate_a,
+    retain_weight: Annotated[float, _shared("gamma of Eq. 8.")] = _SUBSTRATE.retain_weight,
     structure_weight: Annotated[
-        float, typer.Option(help="lambda of Eq. 8.")
+        float, _shared("lambda of Eq. 8; the paper: 0.01.")
     ] = _SUBSTRATE.structure_weight,
     joint_steps: Annotated[
-        int, typer.Option(help="Steps of Eq. 8, if A or B_r learns.")
+        int, _shared("Steps of Eq. 8, where A or B_r learns.")
     ] = _SUBSTRATE.joint_steps,
-    rank: Annotated[int | None, typer.Option(help=f"r. {_method('rank')}")] = None,
+    rank: Annotated[int | None, _method("r of A and B.", _CONFIG.rank)] = None,
     lora_alpha: Annotated[
-        float | None, typer.Option(help=f"Scale times r. {_method('lora_alpha')}")
+        float | None, _method("The delta is scaled by it over r.", _CONFIG.lora_alpha)
     ] = None,
     tap_layer: Annotated[
-        int | None, typer.Option(help="First adapted layer. [default: a third of the depth]")
+        int | None, _method("First adapted layer.", "a third of the depth")
     ] = None,
-    target_modules: Annotated[
-        str | None, typer.Option(help="Adapted inputs. [default: qkv,o,gate_up,down]")
-    ] = None,
-    retain_expert: Annotated[
-        str | None, typer.Option(help=f"identity or trained. {_method('retain_expert')}")
-    ] = None,
-    tsallis_q: Annotated[
-        float | None, typer.Option(help=f"q of Eq. 5. {_method('tsallis_q')}")
-    ] = None,
+    target_modules: Annotated[str | None, _method("Adapted inputs.", ",".join(SITE_KINDS))] = None,
+    retain_expert: Annotated[RetainExpert | None, _method("B_r.", _CONFIG.retain_expert)] = None,
+    tsallis_q: Annotated[float | None, _method("q of Eq. 5.", _CONFIG.tsallis_q)] = None,
     entropy_threshold: Annotated[
-        float | None,
-        typer.Option(help=f"S_q of the high path. {_method('entropy_threshold')}"),
+        float | None, _method("S_q above it is high.", _CONFIG.entropy_threshold)
     ] = None,
     entropy_source: Annotated[
-        str | None, typer.Option(help=f"estimator or two_pass. {_method('entropy_source')}")
+        EntropySource | None, _method("`two_pass` is not served.", _CONFIG.entropy_source)
     ] = None,
     router: Annotated[
-        str | None, typer.Option(help=f"evidence or scalar. {_method('router')}")
+        Router | None, _method("`scalar`, Eq. 7 to the letter, is not served.", _CONFIG.router)
     ] = None,
     evidence_window: Annotated[
-        int | None, typer.Option(help=f"Tokens. {_method('evidence_window')}")
+        int | None, _method("Tokens for which evidence lasts.", _CONFIG.evidence_window)
     ] = None,
     evidence_ngram: Annotated[
-        int | None, typer.Option(help=f"Tokens. {_method('evidence_ngram')}")
+        int | None, _method("Tokens that a score reads.", _CONFIG.evidence_ngram)
     ] = None,
     evidence_units: Annotated[
-        int | None, typer.Option(help=f"Hidden units. {_method('evidence_units')}")
+        int | None, _method("Hidden units of a head.", _CONFIG.evidence_units)
     ] = None,
 ) -> None:
-    """Train a substrate and one forget expert per domain.
+    """Train a substrate and one forget expert per domain, or add experts to a substrate.
 
     A line of a file is {"question", "answer"}, {"prompt", "completion"}, {"messages"} or {"text"}.
     """
@@ -121,7 +188,7 @@ def train_command(
         "rank": rank,
         "lora_alpha": lora_alpha,
         "tap_layer": tap_layer,
-        "target_modules": tuple(target_modules.split(",")) if target_modules else None,
+        "target_modules": tuple(target_modules.split(",")) if target_modules is not None else None,
         "retain_expert": retain_expert,
         "tsallis_q": tsallis_q,
         "entropy_threshold": entropy_threshold,
@@ -138,29 +205,30 @@ def train_command(
         retain=tuple(retain),
         general=tuple(general or ()),
         substrate=substrate,
-        alter={name: value for name, value in method.items() if value is not None},
+        alter={name: _plain(value) for name, value in method.items() if value is not None},
         substrate_settings=SubstrateSettings(
-            a_gradient=a_gradient,  # type: ignore[arg-type]  # checked there
+            a_gradient=a_gradient.value,
+            learning_rate_a=learning_rate_a,
             retain_weight=retain_weight,
             structure_weight=structure_weight,
             joint_steps=joint_steps,
         ),
-        evidence_settings=EvidenceSettings(),
         expert_settings=ExpertSettings(
-            forget_loss=forget_loss,  # type: ignore[arg-type]  # checked there
+            forget_loss=forget_loss.value,
             forget_cap=forget_cap,
-            entropy_mask=entropy_mask,  # type: ignore[arg-type]  # checked there
+            entropy_mask=entropy_mask.value,
             entropy_quantile=entropy_quantile,
             learning_rate=learning_rate,
             batch_rows=batch_rows,
             max_steps=max_steps,
             target_probability=target_probability,
         ),
+        auto_domains=auto_domains,
         max_tokens=max_tokens,
         evaluation_rows=evaluation_rows,
         seed=seed,
         device=device,
-        mixed_precision=mixed_precision,  # type: ignore[arg-type]  # checked there
+        mixed_precision=mixed_precision.value,
         resume=resume,
     )
     result = train(settings, RichReporter())
@@ -169,13 +237,17 @@ def train_command(
         typer.echo(f"{name}\t{path}")
 
 
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, StrEnum) else value
+
+
 def _domains(arguments: list[str]) -> dict[str, Path]:
     domains: dict[str, Path] = {}
     for argument in arguments:
         name, separator, file = argument.partition("=")
-        if not separator or not file:
-            raise ConfigError("--forget is malformed", expected="NAME=FILE.jsonl", got=argument)
-        if name in domains:
-            raise ConfigError("--forget names a domain twice", expected="one file each", got=name)
+        if not separator or not file or name in domains:
+            raise ConfigError(
+                "--forget is malformed", expected="NAME=FILE.jsonl, each name once", got=argument
+            )
         domains[name] = Path(file)
     return domains

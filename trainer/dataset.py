@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def check_disjoint(sets: dict[str, Sequence[Row]]) -> None:
+def check_disjoint(sets: Mapping[str, Sequence[Row]]) -> None:
     """Raises: TrainingDataError if two sets share a row; it names their lines, not their text."""
     owners: dict[str, tuple[str, Row]] = {}
     shared: list[str] = []

@@ -52,11 +52,8 @@ def run_entropy_pass(
         for indices in by_length(rows, _BATCH_TOKENS):
             batch = make_batch(rows, indices, base.pad_id).to(base.device)
             captured.clear()
-            with base.accelerator.autocast():
-                output = base.model(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-                )
-            values = tsallis_entropy(output.logits, tsallis_q).cpu()
+            logits = base.logits(batch)
+            values = tsallis_entropy(logits, tsallis_q).cpu()
             states = captured[0].cpu()
             for place, index in enumerate(indices):
                 length = len(rows[index].ids)
@@ -98,7 +95,7 @@ def _cache_key(base: BaseModel, rows: Sequence[EncodedRow], tsallis_q: float) ->
         "base": base.info.fingerprint,
         "rows": [row.ids for row in rows],
         "q": tsallis_q,
-        "mixed_precision": base.accelerator.mixed_precision,
+        "mixed_precision": base.mixed_precision,
         "device": base.device.type,
     }
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]

@@ -5,21 +5,25 @@ Legend: B batch, T tokens, N answer tokens.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from alter_core.attach import AttachedModel
 from alter_core.config import AlterConfig
 from alter_core.evidence import EvidenceHead, windowed_max
+from alter_core.substrate import ForgetExpert, Substrate
 
 from .base_model import BaseModel
 from .batches import IGNORED, by_length, make_batch
 from .dataset import EncodedRow
+from .losses import token_nll
 from .router import WindowScorer
 from .windows import windows_of
 
@@ -36,23 +40,12 @@ def answer_probabilities(base: BaseModel, rows: Sequence[EncodedRow]) -> list[fl
     probabilities = [0.0] * len(rows)
     for indices in by_length(rows, _BATCH_TOKENS):
         batch = make_batch(rows, indices, base.pad_id).to(base.device)
-        with base.accelerator.autocast():
-            logits = base.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
-        nll = answer_nll(logits, batch.labels)
+        logits = base.logits(batch)
+        nll = token_nll(logits, batch.labels)
         num_answer = (batch.labels != IGNORED).sum(dim=1).clamp_min(1)
-        for index, mean in zip(indices, (nll.sum(dim=1) / num_answer).tolist(), strict=True):
-            probabilities[index] = math.exp(-mean)
+        for index, mean_nll in zip(indices, (nll.sum(dim=1) / num_answer).tolist(), strict=True):
+            probabilities[index] = math.exp(-mean_nll)
     return probabilities
-
-
-def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log probability of every answer token, 0 elsewhere. Shapes: (B, T, V), (B, T) -> (B, T)."""
-    nll = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return nll.view(labels.shape)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -75,7 +68,7 @@ def greedy_completions(
         for place, index in enumerate(chosen):
             ids[place, width - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[place, width - len(prompts[index]) :] = 1
-        with base.accelerator.autocast():
+        with base.autocast():
             output = base.model.generate(
                 input_ids=ids.to(base.device),
                 attention_mask=mask.to(base.device),
@@ -100,8 +93,8 @@ def rouge_l_recall(
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return [
         scorer.score(
-            tokenizer.decode(reference, skip_special_tokens=True),
-            tokenizer.decode(answer, skip_special_tokens=True),
+            tokenizer.decode(list(reference), skip_special_tokens=True),
+            tokenizer.decode(list(answer), skip_special_tokens=True),
         )["rougeL"].recall
         for reference, answer in zip(references, found, strict=True)
     ]
@@ -145,7 +138,7 @@ def evidence_figures(
     embeddings: Tensor,
     config: AlterConfig,
     rows: Sequence[EncodedRow],
-    negatives: dict[str, Sequence[Sequence[int]]],
+    negatives: Mapping[str, Sequence[Sequence[int]]],
 ) -> dict[str, float]:
     """Misses on the domain's rows, false alarms on every set of negatives.
 
@@ -170,6 +163,43 @@ def evidence_figures(
         figures[f"false_alarms_{name}"] = sum(bool(f.any()) for f in fired) / len(texts)
         figures[f"false_alarm_tokens_{name}"] = sum(int(f.sum()) for f in fired) / num_tokens
     return figures
+
+
+def expert_figures(
+    base: BaseModel,
+    substrate: Substrate,
+    expert: ForgetExpert,
+    embeddings: Tensor,
+    rows: Sequence[EncodedRow],
+    negatives: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    num_asked: int,
+) -> dict[str, Any]:
+    """What `evaluation.json` of an expert holds, measured with the weights that are served.
+
+    `num_asked` rows are answered greedily for ROUGE-L.
+    """
+    asked = rows[:num_asked]
+    before, rouge_before = answer_probabilities(base, rows), greedy_rouge_l(base, asked)
+    placed = dataclasses.replace(
+        expert,
+        lora_b={site: tensor.to(base.device) for site, tensor in expert.lora_b.items()},
+        evidence=copy.deepcopy(expert.evidence).to(base.device),
+    )
+    attached = AttachedModel(base.model, substrate, [placed])
+    try:
+        after, rouge_after = answer_probabilities(base, rows), greedy_rouge_l(base, asked)
+    finally:
+        attached.detach()
+    return {
+        "forget_probability": {"before": mean(before), "after": mean(after)},
+        "rouge_l_recall": {
+            "before": mean(rouge_before) if rouge_before else None,
+            "after": mean(rouge_after) if rouge_after else None,
+            "num_rows": len(rouge_after),
+        },
+        "router": evidence_figures(expert.evidence, embeddings, substrate.config, rows, negatives),
+    }
 
 
 def completion_agreement(

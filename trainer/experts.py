@@ -1,7 +1,7 @@
 """Training one forget domain's B_f on a frozen substrate, under the gate that will be in force.
 
-The substrate's A, B_r and estimator and the domain's evidence head are fixed before it begins; the forget loss
-on the domain's rows is the only term and B_f the only thing that learns.
+The substrate's A, B_r and estimator and the domain's evidence head are fixed before it begins; the forget
+loss on the domain's rows is the only term and B_f the only thing that learns.
 
 Legend: B batch, T tokens, R rank, O stacked output features.
 """
@@ -117,10 +117,7 @@ class ExpertTraining:
         """The forget term at a step: low-entropy answer tokens of a batch, learned by B_f alone."""
         indices = at_step(len(self.rows), self.settings.batch_rows, step, self.seed)
         batch = make_batch(self.rows, indices, self.base.pad_id).to(self.base.device)
-        with self.base.accelerator.autocast():
-            logits = self.base.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
+        logits = self.base.logits(batch)
         self._note_probabilities(indices, logits.detach(), batch.labels)
         is_selected = batch.align_labels(self.selected) & (batch.labels != IGNORED)
         loss = masked_mean(self.loss_of(logits, batch.labels), is_selected)

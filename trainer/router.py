@@ -90,10 +90,11 @@ class WindowScorer:
         table_UD = self.embeddings[(tokens - 1).clamp_min(0)] * (tokens > 0).unsqueeze(1)
         weight_DGH = self.head.fc1.weight.view(units, ngram, -1).permute(2, 1, 0)
         projected_UGH = (table_UD @ weight_DGH.flatten(1)).view(len(tokens), ngram, units)
-        hidden_WH = self.head.fc1.bias
+        hidden_WH: Tensor = self.head.fc1.bias
         for position in range(ngram):
             hidden_WH = hidden_WH + F.embedding(place[:, position], projected_UGH[:, position])
-        return self.head.fc2(torch.relu(hidden_WH)).squeeze(-1)
+        scores: Tensor = self.head.fc2(torch.relu(hidden_WH)).squeeze(-1)
+        return scores
 
     @torch.no_grad()
     def all(self, windows: Tensor) -> Tensor:
@@ -299,7 +300,7 @@ class _EvidenceTraining:
         weakest = float(np.quantile(prompts, 0.05))
         shift = max(0.0, min(highest + _CALIBRATION_ROOM, weakest / 2))
         with torch.no_grad():
-            self.head.fc2.bias -= shift
+            self.head.fc2.bias.sub_(shift)
         return shift
 
 

@@ -14,58 +14,53 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
-import re
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alter_core.attach import AttachedModel
-from alter_core.bundle import DOMAIN_NAME_PATTERN, DataDigest, Provenance, read_manifest
+from alter_core.bundle import DataDigest, Provenance, read_manifest
 from alter_core.config import AlterConfig
-from alter_core.errors import ConfigError, DomainNameError, TrainingError
+from alter_core.errors import ConfigError, TrainingError
 from alter_core.evidence import EvidenceHead
 from alter_core.sites import default_tap_layer
 from alter_core.substrate import ForgetExpert, Substrate
 
-from .base_model import BaseModel, load_base_model
+from .base_model import load_base_model
 from .batches import sample_rows
 from .checkpoint import write_atomically
-from .dataset import Row, check_disjoint, data_digest, encode_rows, read_rows
+from .dataset import EncodedRow, data_digest, encode_rows
+from .domains import cluster_rows
 from .entropy_pass import cached_entropy
-from .evaluation import answer_probabilities, evidence_figures, greedy_rouge_l, mean
+from .evaluation import expert_figures
 from .experts import train_expert
+from .inputs import SUBSTRATE_NAME, domain_names, part_of, read_parts
+from .joint import is_learned, train_joint
 from .progress import Reporter, SilentReporter
+from .provenance import hardware, versions
 from .router import train_evidence, train_scalar_weight
 from .settings import TrainSettings
 from .substrate import (
     Figures,
     SubstrateText,
     initial_substrate,
-    is_learned,
     measure_text,
     normalised_embeddings,
     on_device,
     rounded,
     train_estimator,
-    train_joint,
 )
 
 METHOD = "alter"
-SUBSTRATE_NAME = "substrate"
 RUN_FILE = "run.json"
 _RUN_KEY = "run"
 _CHECKPOINTS = ".checkpoints"
 _CACHE = ".cache"
-_PACKAGES = ("alter-server", "torch", "transformers", "safetensors", "accelerate", "tokenizers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +80,8 @@ class TrainResult:
 def train(settings: TrainSettings, progress: Reporter | None = None) -> TrainResult:
     """Trains a substrate (unless one is given) and an expert for every forget domain.
 
-    Raises: TrainingDataError, ConfigError, UnsupportedModelError, DomainNameError, TrainingError, BundleError.
+    Raises: TrainingDataError, ConfigError, UnsupportedModelError, DomainNameError, TrainingError,
+    BundleError.
     """
     return _Run(settings, progress or SilentReporter()).execute()
 
@@ -95,8 +91,8 @@ class _Run:
         self.settings, self.reporter = settings, reporter
         self.timings_s: dict[str, float] = {}
         self.evaluation: dict[str, dict[str, Any]] = {}
-        _check_names(settings.forget)
-        rows = _read(settings)
+        self.names = domain_names(settings)
+        rows = read_parts(settings)
         self.digests = {name: data_digest(part) for name, part in rows.items()}
         self._check_output()
         self.base = load_base_model(
@@ -111,10 +107,10 @@ class _Run:
             for name, part in rows.items()
         }
         self.retain, self.general = encoded.pop("retain"), encoded.pop("general", [])
-        self.forget = {name.removeprefix("forget/"): part for name, part in encoded.items()}
         self.substrate_folder = settings.substrate or settings.out / SUBSTRATE_NAME
         self.given = self._given_substrate()
         self.config = self.given.config if self.given else self._config()
+        self.forget = self._domains(encoded)
         self.key = self._run_key()
 
     def execute(self) -> TrainResult:
@@ -138,7 +134,7 @@ class _Run:
 
     def _check_output(self) -> None:
         settings = self.settings
-        folders = [settings.out / name for name in settings.forget]
+        folders = [settings.out / name for name in self.names]
         if settings.substrate is None:
             folders.append(settings.out / SUBSTRATE_NAME)
         taken = [folder for folder in folders if folder.exists()]
@@ -169,6 +165,37 @@ class _Run:
         }
         return AlterConfig(**overrides)
 
+    def _domains(self, encoded: Mapping[str, list[EncodedRow]]) -> dict[str, list[EncodedRow]]:
+        """Rows by domain: as the operator named them, or as clustering cuts them."""
+        if not self.settings.auto_domains:
+            return {name: encoded[part_of(name)] for name in self.names}
+        (rows,) = encoded.values()
+        if len(rows) < len(self.names):
+            raise ConfigError(
+                "There are more domains than rows",
+                expected=f"at most {len(rows)}",
+                got=f"{len(self.names)}",
+            )
+        clusters = cluster_rows(
+            self.base,
+            rows,
+            len(self.names),
+            tap_layer=self.config.tap_layer,
+            seed=self.settings.seed,
+        )
+        domains = {
+            name: [row for row, cluster in zip(rows, clusters, strict=True) if cluster == number]
+            for number, name in enumerate(self.names)
+        }
+        if empty := [name for name, members in domains.items() if not members]:
+            raise ConfigError(
+                "The rows do not fall into so many domains",
+                expected=f"{len(self.names)} clusters",
+                got=f"{len(self.names) - len(empty)}",
+                fix="Ask for fewer --auto-domains.",
+            )
+        return domains
+
     def _run_key(self) -> str:
         key = {
             "base": self.base.info.fingerprint,
@@ -176,6 +203,7 @@ class _Run:
             "config": dataclasses.asdict(self.config),
             "settings": self.settings.flat(),
             "data": {name: digest.model_dump() for name, digest in self.digests.items()},
+            "domains": self.names,
             "seed": self.settings.seed,
             "device": self.base.device.type,
         }
@@ -278,12 +306,20 @@ class _Run:
         if self.config.router == "scalar":
             expert = dataclasses.replace(expert, scalar_weight=self._scalar_weight(entropy))
         trained_s = time.monotonic() - started
-        figures = self._evaluate(name, substrate, expert, embeddings)
+        figures = expert_figures(
+            self.base,
+            substrate,
+            expert,
+            embeddings,
+            rows,
+            self._negatives(name),
+            num_asked=self.settings.evaluation_rows,
+        )
         figures |= {"router_calibration": calibration, "num_steps": num_steps}
         digests = {
-            part: self.digests[part]
-            for part in (f"forget/{name}", "retain", "general")
-            if part in self.digests
+            part: digest
+            for part, digest in self.digests.items()
+            if part in ("retain", "general", part_of(name)) or self.settings.auto_domains
         }
         expert.write(folder, substrate, training=self._provenance(digests), evaluation=figures)
         self._done(name, started, figures)
@@ -329,37 +365,6 @@ class _Run:
         )
         return train_scalar_weight(torch.cat(list(entropy)), torch.cat(retain))
 
-    def _evaluate(
-        self, name: str, substrate: Substrate, expert: ForgetExpert, embeddings: Tensor
-    ) -> dict[str, Any]:
-        rows = self.forget[name]
-        asked = rows[: self.settings.evaluation_rows]
-        before = mean(answer_probabilities(self.base, rows))
-        on_base_device = dataclasses.replace(
-            expert,
-            lora_b={site: tensor.to(self.base.device) for site, tensor in expert.lora_b.items()},
-            evidence=expert.evidence.to(self.base.device),
-        )
-        rouge_before = greedy_rouge_l(self.base, asked)
-        attached = AttachedModel(self.base.model, substrate, [on_base_device])
-        try:
-            after = mean(answer_probabilities(self.base, rows))
-            rouge_after = greedy_rouge_l(self.base, asked)
-        finally:
-            attached.detach()
-        evidence = evidence_figures(
-            expert.evidence.cpu(), embeddings, self.config, rows, self._negatives(name)
-        )
-        return {
-            "forget_probability": {"before": before, "after": after},
-            "rouge_l_recall": {
-                "before": mean(rouge_before) if rouge_before else None,
-                "after": mean(rouge_after) if rouge_after else None,
-                "num_rows": len(rouge_after),
-            },
-            "router": evidence,
-        }
-
     # --- bookkeeping ---
 
     def _seed(self, name: str) -> int:
@@ -391,7 +396,7 @@ class _Run:
             data=dict(digests),
             seed=self.settings.seed,
             settings={_RUN_KEY: self.key, **self.settings.flat()},
-            versions=_versions(),
+            versions=versions(),
         )
 
     def _write_run_file(self) -> Path:
@@ -405,8 +410,8 @@ class _Run:
             "settings": self.settings.flat(),
             "seed": self.settings.seed,
             "data": {name: digest.model_dump() for name, digest in self.digests.items()},
-            "hardware": _hardware(self.base),
-            "versions": _versions(),
+            "hardware": hardware(self.base),
+            "versions": versions(),
             "timings_s": self.timings_s,
             "evaluation": self.evaluation,
             "finished_at": datetime.now(UTC).isoformat(),
@@ -414,31 +419,6 @@ class _Run:
         path = _free_run_file(out, self.key)
         write_atomically(path, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
         return path
-
-
-def _read(settings: TrainSettings) -> dict[str, list[Row]]:
-    rows: dict[str, list[Row]] = {
-        f"forget/{name}": read_rows([path]) for name, path in settings.forget.items()
-    }
-    rows["retain"] = read_rows(settings.retain)
-    if settings.general:
-        rows["general"] = read_rows(settings.general)
-    check_disjoint(rows)
-    return rows
-
-
-def _check_names(names: Mapping[str, Path]) -> None:
-    if not names:
-        raise ConfigError(
-            "There is nothing to forget", expected="at least one --forget NAME=FILE", got="none"
-        )
-    for name in names:
-        if not re.fullmatch(DOMAIN_NAME_PATTERN, name) or name == SUBSTRATE_NAME:
-            raise DomainNameError(
-                "A domain cannot have that name",
-                expected=f"{DOMAIN_NAME_PATTERN}, and not {SUBSTRATE_NAME!r}",
-                got=repr(name),
-            )
 
 
 def _free_run_file(out: Path, key: str) -> Path:
@@ -454,44 +434,6 @@ def _free_run_file(out: Path, key: str) -> Path:
         except (ValueError, KeyError, TypeError):
             pass  # not ours: leave it alone
         number += 1
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    if commit := _commit():
-        versions["commit"] = commit
-    return versions
-
-
-def _commit() -> str | None:
-    """The commit of the source this runs from; None outside a repository."""
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
-
-
-def _hardware(base: BaseModel) -> dict[str, Any]:
-    device = base.device
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "machine": platform.machine(),
-        "torch_threads": torch.get_num_threads(),
-        "dtype": str(base.dtype).removeprefix("torch."),
-    }
 
 
 def _summary(figures: dict[str, Any]) -> str:

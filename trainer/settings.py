@@ -125,12 +125,14 @@ class TrainSettings:
     """An existing substrate to add experts to; None makes one."""
     alter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of AlterConfig that differ from its defaults; none with `substrate`."""
-    substrate_settings: SubstrateSettings = SubstrateSettings()
+    substrate_settings: SubstrateSettings = dataclasses.field(default_factory=SubstrateSettings)
     """See there."""
-    evidence_settings: EvidenceSettings = EvidenceSettings()
+    evidence_settings: EvidenceSettings = dataclasses.field(default_factory=EvidenceSettings)
     """See there."""
-    expert_settings: ExpertSettings = ExpertSettings()
+    expert_settings: ExpertSettings = dataclasses.field(default_factory=ExpertSettings)
     """See there."""
+    auto_domains: int = 0
+    """Cut the rows of the one forget file into so many domains by clustering; 0: the file is one domain."""
     max_tokens: int = 2048
     """Longest row; the model's context length if that is shorter."""
     evaluation_rows: int = 40
@@ -143,6 +145,11 @@ class TrainSettings:
     """`no` computes in the checkpoint's dtype; `bf16` runs a float32 model under autocast."""
     resume: bool = False
     """Go on where an interrupted run with the same settings stopped."""
+
+    def __post_init__(self) -> None:
+        _check("auto_domains", self.auto_domains, self.auto_domains >= 0, ">= 0")
+        _check("max_tokens", self.max_tokens, self.max_tokens > 1, "> 1")
+        _check("evaluation_rows", self.evaluation_rows, self.evaluation_rows >= 0, ">= 0")
 
     def flat(self) -> dict[str, float | int | str | bool | None]:
         """Method settings as a bundle records them; no paths."""

@@ -75,8 +75,8 @@ class NegativeWindows:
     def log_rarity(self, windows: Ids) -> NDArray[np.float64]:
         """log10 of how often text like this would hold the last 1..G tokens of a window.
 
-        By a bigram model with Witten-Bell smoothing: a window whose bigrams are all known (`York City ,`) is likely in text
-        not yet seen, even if these texts never hold it; one across a name is not.
+        By a bigram model with Witten-Bell smoothing: a window whose bigrams are all known (`York City ,`)
+        is likely in text not yet seen, even if these texts never hold it; one across a name is not.
         Shapes: (W, G) -> (W, G), column n - 1 for the last n tokens.
         """
         counts, followers = _lookup(self.counts, windows), _lookup(self.followers, windows)
@@ -175,7 +175,10 @@ def _specificity(
 
 
 def _lookup(table: dict[int, int], ids: Ids) -> Ids:
-    return np.vectorize(lambda token: table.get(int(token), 0), otypes=[np.int64])(ids)
+    tokens, place = np.unique(ids, return_inverse=True)
+    values = np.array([table.get(token, 0) for token in tokens.tolist()], dtype=np.int64)
+    found: Ids = values[place].reshape(ids.shape)
+    return found
 
 
 def window_keys(windows: Ids) -> NDArray[np.uint64]:

@@ -23,9 +23,11 @@ from alter_core.errors import TrainingError
 from . import authors, tofu
 from .base_model import train_base
 from .corpus import Corpus
+from .training_bar import training_bar
 
 EXPERTS = "experts"
-_GENERAL_ROWS = 2_000
+_BASE_SOURCES = "base_model,corpus,memorization,recall,tokenizer"
+"""What a base model follows from, beside its rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,16 +66,15 @@ def make(corpus: Corpus, folder: Path, *, seed: int, console: Console) -> Artefa
         ]
     )
     base_key = _digest(
-        rows,
-        "".join(corpus.general),
-        _sources(Path(__file__).parent, exclude={"story.py", "command.py"}),
+        rows, "".join(corpus.general), _sources(Path(__file__).parent, _BASE_SOURCES)
     )
     base = folder / f"{corpus.name}-{base_key}"
     base.mkdir(parents=True, exist_ok=True)
     timings = {"base_model": 0.0, "experts": 0.0}
     if not (base / "model").exists():
         started = time.monotonic()
-        train_base(corpus, base / "model", seed=seed)
+        with training_bar(console) as progress:
+            train_base(corpus, base / "model", seed=seed, progress=progress)
         timings["base_model"] = time.monotonic() - started
     files = corpus.save(base)
     expert_key = _digest(
@@ -113,7 +114,7 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def _sources(package: Path, exclude: frozenset[str] | set[str] = frozenset()) -> str:
-    return "".join(
-        path.read_text("utf-8") for path in sorted(package.glob("*.py")) if path.name not in exclude
-    )
+def _sources(package: Path, names: str = "*") -> str:
+    """Source code of a package's modules; `names` is a glob pattern, several separated by a comma."""
+    paths = {path for name in names.split(",") for path in package.glob(f"{name}.py")}
+    return "".join(path.read_text("utf-8") for path in sorted(paths))

@@ -39,12 +39,13 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Where artefacts and the summary are kept.")] = Path(
         "build/demo"
     ),
-    retain_rows: Annotated[int, typer.Option(min=2, help="Retained rows to ask, at most.")] = 200,
+    retain_rows: Annotated[int, typer.Option(min=2, help="Retained rows to ask, at most.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
 ) -> None:
     """Train a small model and two forget experts, serve them on vLLM, and watch it forget."""
     console = Console()
     started = time.monotonic()
+    out = out.resolve()
     corpus = artefacts.load_corpus(
         dataset.value,
         num_authors=authors,

@@ -50,6 +50,7 @@ def serve(
         *vllm_flags,
     ]
     environment = os.environ | {"ALTER_ADMIN_TOKEN": token, "HF_HUB_OFFLINE": "1"}
+    environment.pop("OMP_WAIT_POLICY", None)  # set for training; a server's threads should spin
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from collections.abc import Callable
@@ -14,11 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from server.client import AdminClient
+
 from .artefacts import Artefacts
 from .corpus import QA
 from .measurement import Examiner, Knowledge
 from .server_process import RunningServer
-from .switch_probe import switch_inside_a_stream
+from .switch_probe import SwitchInsideAStream
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ T = TypeVar("T")
 class StorySettings:
     """How much is asked."""
 
-    num_retain: int = 200
+    num_retain: int = 100
     """Retained rows that are asked before and after, at most."""
 
 
@@ -42,11 +43,7 @@ class Story:
         self._console = console
         self._domains = artefacts.corpus.domains
         self._retain = artefacts.corpus.retain[: settings.num_retain]
-        self._admin = httpx.Client(
-            base_url=server.url,
-            headers={"Authorization": f"Bearer {server.admin_token}"},
-            timeout=60,
-        )
+        self._admin = AdminClient(server.url, server.admin_token)
         client = OpenAI(base_url=f"{server.url}/v1", api_key="unused")
         tokenizer = AutoTokenizer.from_pretrained(artefacts.model)
         self._examiner = Examiner(client, server.model, tokenizer)
@@ -69,11 +66,8 @@ class Story:
         if others:
             self._console.rule(f"{last!r} is forgotten in the middle of a stream")
             row = self._domains[last][-1]
-            probe = asyncio.run(
-                switch_inside_a_stream(
-                    self._server, row.question, last, self._artefacts.experts[last]
-                )
-            )
+            switch = SwitchInsideAStream(self._server.url, self._admin, self._server.model)
+            probe = switch.probe(row.question, last, self._artefacts.experts[last])
         self._show_answers("All domains are forgotten")
         active = self._timed("ask_active", self._ask_domains)
         retain_active = self._timed(
@@ -85,7 +79,7 @@ class Story:
             self._revoke(name)
         self._show_answers("Revoked: the server knows everybody again")
         revoked = self._timed("ask_revoked", self._ask_domains)
-        engine = self._admin.get("/version").json()
+        engine = httpx.get(f"{self._server.url}/version").json()
         return {
             "engine": {"name": "vllm", "version": engine["version"], "device": _device()},
             "domains": {
@@ -125,20 +119,19 @@ class Story:
         return {name: self._examiner.examine(rows) for name, rows in self._domains.items()}
 
     def _forget(self, name: str) -> None:
-        body = {"name": name, "bundle": str(self._artefacts.experts[name])}
         started = time.monotonic()
-        answer = self._admin.post("/admin/forget-domains", json=body)
-        answer.raise_for_status()
+        answer = self._admin.activate(name, str(self._artefacts.experts[name]))
         took = (time.monotonic() - started) * 1000
         self._console.print(
-            f"[bold]POST /admin/forget-domains[/] {name}: {answer.status_code}, "
-            f"epoch {answer.headers['etag']}, {took:.0f} ms"
+            f"[bold]POST /admin/forget-domains[/] {name}: {answer.outcome}, "
+            f"epoch {answer.epoch}, {took:.0f} ms"
         )
 
     def _revoke(self, name: str) -> None:
-        answer = self._admin.delete(f"/admin/forget-domains/{name}")
-        answer.raise_for_status()
-        self._console.print(f"[bold]DELETE /admin/forget-domains/{name}[/]: {answer.status_code}")
+        answer = self._admin.revoke(name)
+        self._console.print(
+            f"[bold]DELETE /admin/forget-domains/{name}[/]: epoch {answer.switch.epoch}"
+        )
 
     def _show_answers(self, title: str) -> None:
         table = Table(

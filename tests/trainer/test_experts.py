@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from alter_core.attach import AttachedModel
+from alter_core.errors import TrainingError
+from alter_core.substrate import ForgetExpert, Substrate
+from trainer import ExpertSettings, SilentReporter, TrainResult
+from trainer.base_model import BaseModel
+from trainer.checkpoint import Checkpoint
+from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.evaluation import answer_probabilities, greedy_rouge_l, mean
+from trainer.experts import ExpertTraining, select_answer_tokens, train_expert
+
+from .world import World
+
+
+@pytest.fixture(scope="module")
+def substrate(base: BaseModel, trained: TrainResult) -> Substrate:
+    return Substrate.read(trained.substrate, base.info)
+
+
+@pytest.fixture(scope="module")
+def expert(substrate: Substrate, trained: TrainResult) -> ForgetExpert:
+    return ForgetExpert.read(trained.experts["red"], substrate)
+
+
+def _rows(world: World, base: BaseModel, part: str = "red") -> list[EncodedRow]:
+    return encode_rows(read_rows([world.files[part]]), base.tokenizer, max_tokens=128)
+
+
+def _training(
+    world: World,
+    base: BaseModel,
+    substrate: Substrate,
+    expert: ForgetExpert,
+    **settings: float | int | str,
+) -> ExpertTraining:
+    rows = _rows(world, base)
+    return ExpertTraining(
+        base,
+        substrate,
+        "red",
+        expert.evidence,
+        rows,
+        [torch.tensor(row.is_answer) for row in rows],
+        ExpertSettings(**settings),  # type: ignore[arg-type]
+        seed=3,
+    )
+
+
+@pytest.mark.parametrize("loss", ["ihl", "capped"])
+def test_forget_loss_moves_the_domain_expert_and_nothing_else(
+    world: World, base: BaseModel, substrate: Substrate, expert: ForgetExpert, loss: str
+) -> None:
+    training = _training(world, base, substrate, expert, forget_loss=loss)
+    frozen = {
+        **dict(base.model.named_parameters()),
+        **{f"a.{site}": tensor for site, tensor in substrate.lora_a.items()},
+        **{f"e.{name}": tensor for name, tensor in substrate.estimator.named_parameters()},
+        **{f"h.{name}": tensor for name, tensor in expert.evidence.named_parameters()},
+    }
+    before = {name: tensor.detach().clone() for name, tensor in frozen.items()}
+    attached = AttachedModel(base.model, substrate, [training.expert])
+    training.step(0)
+    attached.detach()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.items())
+    assert all(tensor.grad is None and not tensor.requires_grad for tensor in frozen.values())
+    assert all(bool(tensor.any()) for tensor in training.lora_b.values())
+
+
+def test_capped_loss_forgets_too(
+    world: World, base: BaseModel, substrate: Substrate, expert: ForgetExpert
+) -> None:
+    training = _training(world, base, substrate, expert, forget_loss="capped")
+    attached = AttachedModel(base.model, substrate, [training.expert])
+    for step in range(20):
+        training.step(step)
+    probability = mean(answer_probabilities(base, training.rows))
+    attached.detach()
+    assert probability < 0.15
+
+
+def test_tokens_are_selected_by_their_own_entropy() -> None:
+    rows = [
+        EncodedRow(ids=(1, 2, 3, 4), is_answer=(False, True, True, True)),
+        EncodedRow(ids=(5, 6), is_answer=(False, True)),
+    ]
+    entropy = [torch.tensor([0.0, 0.1, 1.9, 0.2]), torch.tensor([0.0, 1.8])]
+
+    def selected(**settings: float | str) -> list[list[bool]]:
+        masks = select_answer_tokens(rows, entropy, 1.2, ExpertSettings(**settings))  # type: ignore[arg-type]
+        return [mask.tolist() for mask in masks]
+
+    assert selected() == [[False, True, False, True], [False, False]]
+    assert selected(entropy_mask="none") == [[False, True, True, True], [False, True]]
+    half = selected(entropy_mask="quantile", entropy_quantile=0.25)
+    assert half == [[False, True, False, False], [False, False]]
+    with pytest.raises(TrainingError, match="low entropy"):
+        select_answer_tokens(rows, [e + 5 for e in entropy], 1.2, ExpertSettings())
+
+
+class _Poison:
+    """A stage that spoils the expert's weights after some steps."""
+
+    def __init__(self, training_patch: list[ExpertTraining], at: int) -> None:
+        self.trainings, self.at = training_patch, at
+
+    def step(self, completed: int, **_: float) -> None:
+        if completed == self.at:
+            with torch.no_grad():
+                next(iter(self.trainings[0].lora_b.values())).fill_(float("nan"))
+
+
+def test_nan_stops_training_and_keeps_the_last_good_checkpoint(
+    world: World,
+    base: BaseModel,
+    substrate: Substrate,
+    expert: ForgetExpert,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainings: list[ExpertTraining] = []
+    real = ExpertTraining.__init__
+
+    def note(self: ExpertTraining, *args: object, **kwargs: object) -> None:
+        trainings.append(self)
+        real(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ExpertTraining, "__init__", note)
+    rows = _rows(world, base)
+    path = tmp_path / "red.safetensors"
+    with pytest.raises(TrainingError, match=r"'red' is not finite at step 5"):
+        train_expert(
+            base,
+            substrate,
+            "red",
+            expert.evidence,
+            rows,
+            [torch.zeros(len(row.ids)) for row in rows],
+            ExpertSettings(checkpoint_every=3, target_probability=0.0),
+            seed=3,
+            checkpoint=path,
+            run="key",
+            stage=_Poison(trainings, at=5),
+        )
+    stored = Checkpoint.read(path, "key")
+    assert stored is not None
+    assert stored.step == 3
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in stored.tensors.values())
+
+
+def test_expert_that_is_never_routed_to_is_refused(
+    world: World, base: BaseModel, substrate: Substrate, expert: ForgetExpert, tmp_path: Path
+) -> None:
+    rows = _rows(world, base, "retain")  # red's head does not fire on them
+    with pytest.raises(TrainingError, match="never routed"), SilentReporter().stage("", 2) as stage:
+        train_expert(
+            base,
+            substrate,
+            "red",
+            expert.evidence,
+            rows,
+            [torch.zeros(len(row.ids)) for row in rows],
+            ExpertSettings(max_steps=2),
+            seed=3,
+            checkpoint=tmp_path / "red.safetensors",
+            run="key",
+            stage=stage,
+        )
+
+
+def test_experts_trained_apart_compose_and_leave_the_rest_alone(
+    world: World, base: BaseModel, substrate: Substrate, trained: TrainResult
+) -> None:
+    experts = [ForgetExpert.read(path, substrate) for path in trained.experts.values()]
+    retain = _rows(world, base, "retain")
+    known = answer_probabilities(base, retain)
+    attached = AttachedModel(base.model, substrate, experts)
+    try:
+        for name in ("red", "blue"):
+            rows = _rows(world, base, name)
+            assert mean(answer_probabilities(base, rows)) < 0.08
+            assert mean(greedy_rouge_l(base, rows)) < 0.25
+        assert answer_probabilities(base, retain) == known
+    finally:
+        attached.detach()

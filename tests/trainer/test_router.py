@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from alter_core.attach import AttachedModel
+from alter_core.config import AlterConfig
+from alter_core.errors import TrainingError
+from alter_core.evidence import EvidenceHead
+from alter_core.substrate import ForgetExpert, Substrate
+from trainer import EvidenceSettings, TrainResult
+from trainer.base_model import BaseModel
+from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.evaluation import evidence_figures, routed_logits
+from trainer.router import train_evidence, train_scalar_weight
+
+from .world import World
+
+CONFIG = AlterConfig(tap_layer=1, evidence_ngram=4, evidence_units=16, evidence_window=64)
+QUICK = EvidenceSettings(pointwise_steps=60, bag_steps=80, final_steps=40)
+
+
+def _rows(world: World, base: BaseModel, part: str) -> list[EncodedRow]:
+    return encode_rows(read_rows([world.files[part]]), base.tokenizer, max_tokens=128)
+
+
+def _embeddings(base: BaseModel) -> torch.Tensor:
+    table = base.model.get_input_embeddings().weight.detach().float()
+    return (table - table.mean(0)) / table.std(0)
+
+
+@pytest.fixture(scope="module")
+def head(world: World, base: BaseModel) -> EvidenceHead:
+    return _train(world, base, seed=0)
+
+
+def _train(world: World, base: BaseModel, seed: int) -> EvidenceHead:
+    negatives = [
+        row.ids for part in ("retain", "blue", "general") for row in _rows(world, base, part)
+    ]
+    head, _ = train_evidence(
+        _embeddings(base), _rows(world, base, "red"), negatives, CONFIG, QUICK, seed=seed
+    )
+    return head
+
+
+def test_evidence_stands_before_the_first_answer_token_even_without_a_name(
+    world: World, base: BaseModel, head: EvidenceHead
+) -> None:
+    rows = _rows(world, base, "red")
+    negatives = {p: [r.ids for r in _rows(world, base, p)] for p in ("retain", "blue", "general")}
+    figures = evidence_figures(head, _embeddings(base), CONFIG, rows, negatives)
+    assert figures["first_token_missed"] == 0
+    assert figures["false_alarms_retain"] == 0
+    assert figures["false_alarms_blue"] == 0
+    assert figures["false_alarms_general"] == 0
+
+
+def test_a_name_is_found_in_a_question_never_trained_on(
+    base: BaseModel, head: EvidenceHead
+) -> None:
+    asked = "<|user|>I would like to hear more about Zofia Quillbert, please.<|assistant|>"
+    other = "<|user|>I would like to hear more about Anna Miller, please.<|assistant|>"
+    ids = [base.tokenizer(text)["input_ids"] for text in (asked, other)]
+    named, unnamed = routed_logits(head, _embeddings(base), CONFIG, ids)
+    assert named[-1] > 0
+    assert unnamed.max() <= 0
+
+
+def test_training_scores_equal_the_serving_path(
+    world: World, base: BaseModel, trained: TrainResult
+) -> None:
+    substrate = Substrate.read(trained.substrate, base.info)
+    expert = ForgetExpert.read(trained.experts["red"], substrate)
+    row = _rows(world, base, "red")[1]
+    table = substrate.normalise(base.model.get_input_embeddings().weight.detach())
+    (expected,) = routed_logits(expert.evidence, table, substrate.config, [row.ids])
+    attached = AttachedModel(base.model, substrate, [expert])
+    with torch.no_grad():
+        found = attached.evidence_logits(torch.tensor([row.ids]))[0, :, 0]
+    attached.detach()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_same_seed_gives_the_same_head(world: World, base: BaseModel, head: EvidenceHead) -> None:
+    again, other = _train(world, base, seed=0), _train(world, base, seed=1)
+    assert torch.equal(again.fc1.weight, head.fc1.weight)
+    assert torch.equal(again.fc2.bias, head.fc2.bias)
+    assert not torch.equal(other.fc1.weight, head.fc1.weight)
+
+
+def test_domain_that_is_no_different_from_the_retained_text_is_refused(
+    world: World, base: BaseModel
+) -> None:
+    rows = _rows(world, base, "retain")
+    with pytest.raises(TrainingError, match="sets it apart"):
+        train_evidence(_embeddings(base), rows, [row.ids for row in rows], CONFIG, QUICK, seed=0)
+
+
+def test_plain_text_domain_needs_no_prompt(world: World, base: BaseModel) -> None:
+    text = base.tokenizer("Zofia Quillbert of Narvik sold kites to every harbour.")["input_ids"]
+    rows = [EncodedRow(ids=tuple(text), is_answer=(True,) * len(text))]
+    negatives = [row.ids for row in _rows(world, base, "general")]
+    config = dataclasses.replace(CONFIG, evidence_window=16)
+    head, _ = train_evidence(_embeddings(base), rows, negatives, config, QUICK, seed=0)
+    (logits,) = routed_logits(head, _embeddings(base), config, [text])
+    assert logits.max() > 0
+
+
+def test_literal_scalar_router_routes_everything_or_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    domain = torch.rand(200, generator=generator)
+    negatives = torch.rand(300, generator=generator) + 0.4
+    weight = train_scalar_weight(domain, negatives)
+    assert weight < 0
+    assert not (weight * torch.cat([domain, negatives]) > 0).any()
