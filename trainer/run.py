@@ -117,6 +117,10 @@ class _Run:
         torch.manual_seed(self.settings.seed)
         if not self.settings.resume:
             shutil.rmtree(self.settings.out / _CHECKPOINTS, ignore_errors=True)
+        if not self.general:
+            self.reporter.say(
+                "No --general text: experts may act on text that has nothing to do with them."
+            )
         substrate = on_device(self.given or self._substrate(), self.base.device)
         embeddings = normalised_embeddings(self.base, substrate)
         experts = {name: self._expert(name, substrate, embeddings) for name in self.forget}
@@ -222,7 +226,10 @@ class _Run:
         settings = self.settings.substrate_settings
         seed = self.settings.seed
         text = SubstrateText(
-            forget=self.forget,
+            forget={
+                name: sample_rows(rows, settings.max_tokens_per_set, seed)
+                for name, rows in self.forget.items()
+            },
             retain=sample_rows(self.retain, settings.max_tokens_per_set, seed),
             general=sample_rows(self.general, settings.max_tokens_per_set, seed),
         )

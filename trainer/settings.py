@@ -88,7 +88,7 @@ class SubstrateSettings:
     estimator_steps: int = 400
     """Steps of the entropy estimator."""
     max_tokens_per_set: int = 24_000
-    """Tokens of retained, and as many of general text, that the substrate is fitted on."""
+    """Tokens of each domain, of retained and of general text that the substrate is fitted on."""
 
     def __post_init__(self) -> None:
         _check_choice("a_gradient", self.a_gradient, ("none", "high_entropy", "undetached"))

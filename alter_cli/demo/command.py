@@ -54,6 +54,7 @@ def demo_command(
         seed=seed,
     )
     made = artefacts.make(corpus, out, seed=seed, console=console)
+    _write_paths(out / "paths.env", made)
     console.print("[dim]$ alter serve MODEL --alter-substrate SUBSTRATE[/]")
     launched = time.monotonic()
     with (
@@ -75,6 +76,12 @@ def demo_command(
     path.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     _show_summary(console, summary)
     console.print(f"summary: {path}")
+
+
+def _write_paths(path: Path, made: artefacts.Artefacts) -> None:
+    """Shell variables with the folders, to serve by hand what the demo made."""
+    folders = {"MODEL": made.model, "SUBSTRATE": made.substrate, "EXPERTS": made.substrate.parent}
+    path.write_text("".join(f"ALTER_DEMO_{name}={folder}\n" for name, folder in folders.items()))
 
 
 def _show_summary(console: Console, summary: dict[str, Any]) -> None:

@@ -53,8 +53,10 @@ def serve(
     environment.pop("OMP_WAIT_POLICY", None)  # set for training; a server's threads should spin
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with log.open("wb") as output:
+        # A process group of its own, but not a session: Linux shares out time by session, and where cores
+        # are few the client would see its stream in bursts.
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True
+            command, stdout=output, stderr=output, env=environment, process_group=0
         )
         try:
             server = RunningServer(url=f"http://127.0.0.1:{port}", admin_token=token, model="demo")
@@ -90,7 +92,7 @@ def _wait_until_ready(server: RunningServer, process: subprocess.Popen[bytes], l
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the server and its workers, which share its session."""
+    """Ends the server and its workers, which share its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:
