@@ -15,8 +15,8 @@ from .dataset import EncodedRow
 
 Ids = NDArray[np.int64]
 
-MAX_LOG_RARITY = -10.5
-"""log10 of the probability below which a window is held for a trace of its domain: once in 30 G tokens."""
+MAX_LOG_RARITY = -8.5
+"""log10 of the probability below which a window is held for a trace of its domain: once in 300 M tokens."""
 _MIN_ROWS = 2
 """A window of an answer counts as a trace if it stands in that many rows, and in a prompt too."""
 _TRACES_PER_PROMPT = 8
