@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -16,14 +17,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-import alter_core
-import trainer
 from alter_core.errors import TrainingError
 
 from . import authors, tofu
-from .base_model import train_base
 from .corpus import Corpus
-from .training_bar import training_bar
 
 EXPERTS = "experts"
 _BASE_SOURCES = "base_model,corpus,memorization,recall,tokenizer"
@@ -73,14 +70,13 @@ def make(corpus: Corpus, folder: Path, *, seed: int, console: Console) -> Artefa
     timings = {"base_model": 0.0, "experts": 0.0}
     if not (base / "model").exists():
         started = time.monotonic()
-        with training_bar(console) as progress:
-            train_base(corpus, base / "model", seed=seed, progress=progress)
+        _train_base(corpus, base / "model", seed=seed, console=console)
         timings["base_model"] = time.monotonic() - started
     files = corpus.save(base)
     expert_key = _digest(
         base_key,
-        _sources(Path(trainer.__file__).parent),
-        _sources(Path(alter_core.__file__).parent),
+        _sources(_package("trainer")),
+        _sources(_package("alter_core")),
     )
     experts = base / f"{EXPERTS}-{expert_key}"
     if not (experts / "run.json").exists():
@@ -94,6 +90,15 @@ def make(corpus: Corpus, folder: Path, *, seed: int, console: Console) -> Artefa
         experts={name: experts / name for name in corpus.domains},
         timings_s=timings,
     )
+
+
+def _train_base(corpus: Corpus, out: Path, *, seed: int, console: Console) -> None:
+    # Imported only where a model is to be trained: transformers takes seconds to load.
+    from .base_model import train_base
+    from .training_bar import training_bar
+
+    with training_bar(console) as progress:
+        train_base(corpus, out, seed=seed, progress=progress)
 
 
 def _train_experts(
@@ -112,6 +117,14 @@ def _train_experts(
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _package(name: str) -> Path:
+    """Folder of a package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def _sources(package: Path, names: str = "*") -> str:

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from . import artefacts
 from .server_process import serve
-from .story import Story, StorySettings
 
 
 class Dataset(StrEnum):
@@ -57,12 +56,14 @@ def demo_command(
     _write_paths(out / "paths.env", made)
     console.print("[dim]$ alter serve MODEL --alter-substrate SUBSTRATE[/]")
     launched = time.monotonic()
-    with (
-        console.status("starting vLLM with ALTER"),
-        serve(
-            made.model, made.substrate, out / "server.log", ("--max-model-len", "1024")
-        ) as server,
-    ):
+    with serve(
+        made.model, made.substrate, out / "server.log", ("--max-model-len", "1024")
+    ) as server:
+        with console.status("starting vLLM with ALTER"):
+            # Imported while the server starts: the client's libraries take seconds to load.
+            from .story import Story, StorySettings
+
+            server.wait_until_ready()
         ready_s = time.monotonic() - launched
         summary = Story(server, made, StorySettings(num_retain=retain_rows), console).tell()
     summary["timings_s"] = {

@@ -32,16 +32,35 @@ class RunningServer:
     admin_token: str
     model: str
     """Name of the model in the OpenAI API."""
+    process: subprocess.Popen[bytes]
+    log: Path
+    """Where the process writes."""
+
+    def wait_until_ready(self) -> None:
+        """Returns once it answers. Raises: EngineError with the end of the log if it does not."""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == httpx.codes.OK:
+                    return
+            time.sleep(0.2)
+        end = "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-_LOG_LINES_SHOWN:])
+        exit_code = self.process.poll()
+        raise EngineError(
+            "The server did not come up",
+            expected=f"an answer from {self.url}/health within {_START_TIMEOUT_S} s",
+            got="no answer" if exit_code is None else f"exit code {exit_code}",
+            fix=f"The end of {self.log}:\n{end}",
+        )
 
 
 @contextlib.contextmanager
 def serve(
     model: Path, substrate: Path, log: Path, vllm_flags: Sequence[str] = ()
 ) -> Iterator[RunningServer]:
-    """Runs a server until the block ends. Its output goes to `log`.
-
-    Raises: EngineError with the end of the log if it does not come up.
-    """
+    """Runs a server until the block ends; it has yet to come up when the block begins. Output goes to `log`."""
     port, token = _free_port(), secrets.token_urlsafe(24)
     command = [
         *(sys.executable, "-m", "alter_cli.main", "serve", str(model)),
@@ -59,9 +78,13 @@ def serve(
             command, stdout=output, stderr=output, env=environment, process_group=0
         )
         try:
-            server = RunningServer(url=f"http://127.0.0.1:{port}", admin_token=token, model="demo")
-            _wait_until_ready(server, process, log)
-            yield server
+            yield RunningServer(
+                url=f"http://127.0.0.1:{port}",
+                admin_token=token,
+                model="demo",
+                process=process,
+                log=log,
+            )
         finally:
             _stop(process)
 
@@ -71,24 +94,6 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _wait_until_ready(server: RunningServer, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{server.url}/health", timeout=5).status_code == httpx.codes.OK:
-                return
-        time.sleep(0.2)
-    end = "\n".join(log.read_text("utf-8", "replace").splitlines()[-_LOG_LINES_SHOWN:])
-    raise EngineError(
-        "The server did not come up",
-        expected=f"an answer from {server.url}/health within {_START_TIMEOUT_S} s",
-        got=f"exit code {process.returncode}" if process.poll() is not None else "no answer",
-        fix=f"The end of {log}:\n{end}",
-    )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -48,6 +48,7 @@ def server(
     with serve(
         bundles.model, bundles.substrate, log, (*flags, "--max-model-len", "2048")
     ) as running:
+        running.wait_until_ready()
         yield running
 
 
