@@ -8,13 +8,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
-
-if TYPE_CHECKING:
-    from alter_core.errors import AlterError
 
 app = typer.Typer(
     name="alter",
@@ -78,23 +73,14 @@ def app_main() -> None:
     for name, load in _LOADERS.items():
         if wanted in (name, "") or wanted not in _LOADERS:
             load()
-    from alter_core.errors import AlterError, ConfigError, UnsupportedEngineError
+    from alter_core.errors import AlterError
 
     try:
         app()
-    except (ConfigError, UnsupportedEngineError) as error:
-        _fail(error, 2)
     except AlterError as error:
-        _fail(error, 1)
+        from server.cli import report
 
-
-def _fail(error: AlterError, code: int) -> None:
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"error: {error.what}", style="red")
-    for label, text in (("expected", error.expected), ("got", error.got), ("fix", error.fix)):
-        if text is not None:
-            console.print(f"  {label + ':':<9} {text}")
-    sys.exit(code)
+        sys.exit(report(error))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from .entropy import EntropyEstimator, max_tsallis_entropy, shannon_entropy, tsa
 from .errors import AlterError
 from .evidence import EvidenceHead, windowed_max
 from .fingerprint import BaseModelInfo
-from .router import ScalarRouter, expert_weights
+from .router import expert_weights, scalar_logits
 from .sites import SUPPORTED_ARCHITECTURES, default_tap_layer
 from .substrate import ForgetExpert, Substrate
 
@@ -26,7 +26,6 @@ __all__ = [
     "ForgetExpert",
     "Manifest",
     "Provenance",
-    "ScalarRouter",
     "SiteInfo",
     "Substrate",
     "default_tap_layer",
@@ -35,6 +34,7 @@ __all__ = [
     "multi_expert_delta",
     "read_bundle",
     "read_manifest",
+    "scalar_logits",
     "shannon_entropy",
     "tsallis_entropy",
     "windowed_max",

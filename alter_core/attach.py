@@ -22,7 +22,7 @@ from .config import AlterConfig
 from .entropy import tsallis_entropy
 from .errors import ConfigError, UnsupportedModelError
 from .evidence import NO_EVIDENCE, windowed_max
-from .router import expert_weights
+from .router import expert_weights, scalar_logits
 from .sites import check_architecture, decoder_layers, iter_sites
 from .substrate import ForgetExpert, Substrate
 
@@ -194,7 +194,7 @@ class AttachedModel:
                 weight = torch.tensor(
                     [e.scalar_weight for e in self.experts], device=entropy.device
                 )
-                logits = entropy.unsqueeze(-1) * weight
+                logits = scalar_logits(entropy, weight)
             is_high = entropy > config.entropy_threshold
             weights = expert_weights(logits, is_high, config)
         self.routing = Routing(

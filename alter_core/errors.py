@@ -6,6 +6,7 @@ AlterError
 ├── UnsupportedEngineError       an engine option that would bypass the gate
 ├── TrainingDataError            a training file is malformed, or its sets overlap
 ├── TrainingError                training cannot go on (NaN loss, unusable checkpoint)
+├── EvaluationError              a benchmark's rows or logs do not fit together
 ├── BundleError
 │   ├── BundleNotFoundError      nothing there, or not a bundle
 │   ├── BundleFormatError        a manifest of another kind, format or shape
@@ -71,6 +72,10 @@ class TrainingDataError(AlterError):
 
 class TrainingError(AlterError):
     """Training cannot go on from here."""
+
+
+class EvaluationError(AlterError):
+    """A benchmark's rows or logs do not fit together."""
 
 
 class BundleError(AlterError):

@@ -6,10 +6,9 @@ Legend: T tokens, N forget domains, E = 1 + N experts; column 0 is the retain ex
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import AlterConfig
-from .evidence import NO_EVIDENCE
 
 
 def expert_weights(domain_logits: Tensor, is_high: Tensor, config: AlterConfig) -> Tensor:
@@ -40,22 +39,12 @@ def expert_weights(domain_logits: Tensor, is_high: Tensor, config: AlterConfig) 
     return torch.where(is_high.unsqueeze(-1), high, low)
 
 
-class ScalarRouter(nn.Module):
-    """Eq. 7 taken literally: logits W_g^T S_q from the scalar entropy alone.
+def scalar_logits(entropy: Tensor, weight: Tensor) -> Tensor:
+    """Eq. 7 taken literally: W_g^T S_q, from the scalar entropy alone.
 
     Since S_q >= 0, the argmax is one constant expert for every token: it cannot route. Kept for
     ablation on the reference path.
+
+    Shapes: entropy (..., T), weight (N,) -> (..., T, N).
     """
-
-    def __init__(self, num_domains: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_domains))
-
-    def forward(self, entropy: Tensor) -> Tensor:
-        """Shapes: entropy (..., T) -> domain logits (..., T, N)."""
-        return entropy.unsqueeze(-1) * self.weight
-
-
-def no_domain_logits(shape: tuple[int, ...], num_domains: int, device: torch.device) -> Tensor:
-    """Logits that route every token to retain. Shapes: -> (*shape, N)."""
-    return torch.full((*shape, num_domains), NO_EVIDENCE, device=device)
+    return entropy.unsqueeze(-1) * weight

@@ -184,12 +184,17 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except AlterError as error:
-        typer.echo(f"error: {error.what}", err=True)
-        for label in ("expected", "got", "fix"):
-            if (text := getattr(error, label)) is not None:
-                typer.echo(f"  {label + ':':<10}{text}", err=True)
-        is_usage = isinstance(error, ConfigError | UnsupportedEngineError)
-        raise typer.Exit(EXIT_USAGE if is_usage else EXIT_FAILED) from error
+        raise typer.Exit(report(error)) from error
+
+
+def report(error: AlterError) -> int:
+    """Prints an error on stderr; returns the exit code that belongs to it."""
+    typer.secho(f"error: {error.what}", err=True, fg="red")
+    for label in ("expected", "got", "fix"):
+        if (text := getattr(error, label)) is not None:
+            typer.echo(f"  {label + ':':<10}{text}", err=True)
+    is_usage = isinstance(error, ConfigError | UnsupportedEngineError)
+    return EXIT_USAGE if is_usage else EXIT_FAILED
 
 
 def _print_json(answer: BaseModel) -> None:

@@ -60,7 +60,7 @@ class RunningServer:
 def serve(
     model: Path, substrate: Path, log: Path, vllm_flags: Sequence[str] = ()
 ) -> Iterator[RunningServer]:
-    """Runs a server until the block ends; it has yet to come up when the block begins. Output goes to `log`."""
+    """Runs a server until the block ends; as the block begins it has yet to come up. Logs go to `log`."""
     port, token = _free_port(), secrets.token_urlsafe(24)
     command = [
         *(sys.executable, "-m", "alter_cli.main", "serve", str(model)),

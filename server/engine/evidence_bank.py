@@ -45,13 +45,11 @@ class EvidenceBank:
         config: AlterConfig,
         embed: Callable[[Tensor], Tensor],
         device: torch.device,
-        max_requests: int,
     ) -> None:
         """`embed` maps token ids (M,) to the normalised input embeddings (M, D), float32."""
         self._config = config
         self._embed = embed
         self._device = device
-        self._max_requests = max_requests
         self._heads: dict[int, EvidenceHead] = {}
         self._restack()
 

@@ -61,7 +61,6 @@ def install(
     architecture: str,
     max_domains: int,
     max_tokens: int,
-    max_requests: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Gate, ExpertSlots]:
@@ -83,9 +82,7 @@ def install(
         linear.requires_unquantized_input = True  # type: ignore[assignment]
     if substrate.retain_lora_b:
         slots.write(0, slots.shard_expert(substrate.retain_lora_b))
-    bank = EvidenceBank(
-        substrate.config, _normalised_embedding(model, substrate), device, max_requests
-    )
+    bank = EvidenceBank(substrate.config, _normalised_embedding(model, substrate), device)
     gate = Gate(
         substrate, bank, num_experts=slots.num_experts, max_tokens=max_tokens, device=device
     )

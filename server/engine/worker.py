@@ -58,7 +58,6 @@ class AlterWorkerMixin:
             architecture=self.vllm_config.model_config.architectures[0],
             max_domains=settings["max_domains"],
             max_tokens=scheduler.max_num_batched_tokens,
-            max_requests=scheduler.max_num_seqs,
             dtype=self.vllm_config.model_config.dtype,
             device=self.device,
         )

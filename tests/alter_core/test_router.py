@@ -9,9 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alter_core import AlterConfig, ScalarRouter, expert_weights
+from alter_core import AlterConfig, expert_weights, scalar_logits
 from alter_core.evidence import NO_EVIDENCE
-from alter_core.router import no_domain_logits
 
 logit = st.one_of(
     st.floats(-30, 30, width=32), st.sampled_from([0.0, -0.0, NO_EVIDENCE, 1e3, 1e-6, -1e-6])
@@ -184,20 +183,8 @@ def test_the_scalar_router_sends_every_token_to_one_constant_expert(
     weight: list[int], entropies: list[float]
 ) -> None:
     """Why Eq. 7 cannot be taken literally: S_q >= 0 scales W_g, and scaling moves no argmax."""
-    router = ScalarRouter(len(weight))
-    with torch.no_grad():
-        router.weight.copy_(torch.tensor(weight))
-        logits = router(torch.tensor(entropies))
+    logits = scalar_logits(torch.tensor(entropies), torch.tensor(weight))
     assert logits.shape == (len(entropies), len(weight))
     weights = expert_weights(logits, torch.zeros(len(entropies), dtype=torch.bool), config())
     chosen = weights.argmax(dim=-1).unique().tolist()
     assert chosen == [0 if max(weight) < 0 else 1 + weight.index(max(weight))]
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3)])
-def test_no_domain_logits_route_every_token_to_retain(shape: tuple[int, ...]) -> None:
-    logits = no_domain_logits(shape, 4, torch.device("cpu"))
-    assert logits.shape == (*shape, 4)
-    weights = expert_weights(logits, torch.zeros(shape, dtype=torch.bool), config())
-    assert (weights[..., 0] == 1).all()
-    assert (weights[..., 1:] == 0).all()
