@@ -39,6 +39,12 @@ def _train() -> None:
     app.command("train")(train_command)
 
 
+def _eval() -> None:
+    from alter_eval.cli import eval_app
+
+    app.add_typer(eval_app, name="eval")
+
+
 def _serve() -> None:
     from server.cli import SERVE_CONTEXT, serve_command
 
@@ -60,6 +66,7 @@ def _domains() -> None:
 _LOADERS: dict[str, Callable[[], None]] = {
     "demo": _demo,
     "train": _train,
+    "eval": _eval,
     "serve": _serve,
     "bundle": _bundle,
     "domains": _domains,

@@ -17,9 +17,9 @@ SITE_KINDS = ("qkv", "o", "gate_up", "down")
 class AlterConfig:
     """Method settings, fixed by the substrate. Symbols are those of arXiv 2603.01792."""
 
-    rank: int = 8
-    """r, the inner dimension of every A and B."""
-    lora_alpha: float = 16.0
+    rank: int = 32
+    """r, the inner dimension of every A and B. The paper's 8 is too little to say what to answer instead."""
+    lora_alpha: float = 64.0
     """The delta is scaled by lora_alpha / rank."""
     tap_layer: int
     """First adapted decoder layer; the entropy estimator reads the residual stream at its input."""

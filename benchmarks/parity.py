@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from alter_cli.demo import artefacts
-from alter_cli.demo.command import Dataset, default_data_dir
+from alter_cli.demo.command import Dataset
 from alter_cli.demo.tokenizer import chat_ids
 from alter_core import ForgetExpert, Substrate
 from alter_core.attach import AttachedModel
+from alter_eval.data import default_data_dir
 
 from .results import write_results
 

@@ -27,6 +27,7 @@ _RUN = TrainSettings(model=Path(), out=Path(), forget={}, retain=())
 class ForgetLoss(StrEnum):
     """See `ExpertSettings.forget_loss`."""
 
+    COUNTERFACTUAL = "counterfactual"
     IHL = "ihl"
     CAPPED = "capped"
 
@@ -125,8 +126,18 @@ def train_command(
         int, typer.Option(help="Rows per domain whose greedy answers are scored.")
     ] = _RUN.evaluation_rows,
     forget_loss: Annotated[
-        ForgetLoss, _experts("Inverted hinge loss, or token loss up to a cap.")
+        ForgetLoss,
+        _experts("Answer as if never taught; the paper's inverted hinge; token loss up to a cap."),
     ] = _FORGET_LOSS,
+    kept_share: Annotated[
+        float, _experts("`counterfactual` keeps words that more of the other texts hold.")
+    ] = _EXPERT.kept_share,
+    level_weight: Annotated[
+        float, _experts("`counterfactual`: weight of the true tokens' level.")
+    ] = _EXPERT.level_weight,
+    answer_weight: Annotated[
+        float, _experts("`counterfactual`: weight of fluent ignorant answers.")
+    ] = _EXPERT.answer_weight,
     forget_cap: Annotated[float, _experts("Cap of `capped`, in nats.")] = _EXPERT.forget_cap,
     entropy_mask: Annotated[
         EntropyMask, _experts("Answer tokens to forget: S_q below the threshold, a share, all.")
@@ -136,10 +147,16 @@ def train_command(
     ] = _EXPERT.entropy_quantile,
     learning_rate: Annotated[float, _experts("Of B_f.")] = _EXPERT.learning_rate,
     batch_rows: Annotated[int, _experts("Rows a step.")] = _EXPERT.batch_rows,
-    max_steps: Annotated[int, _experts("Steps per domain, at most.")] = _EXPERT.max_steps,
+    epochs: Annotated[int, _experts("How often every row is seen.")] = _EXPERT.epochs,
+    min_steps: Annotated[
+        int, _experts("Steps that even a small domain takes.")
+    ] = _EXPERT.min_steps,
     target_probability: Annotated[
-        float, _experts("Stop once answers are this improbable; 0: never.")
+        float, _experts("`ihl`, `capped`: stop once answers are this improbable; 0: never.")
     ] = _EXPERT.target_probability,
+    allow_unknown: Annotated[
+        bool, _experts("Train a domain that the base model does not seem to know.")
+    ] = _RUN.allow_unknown,
     a_gradient: Annotated[
         AGradient, _shared("What A learns from; the paper: high_entropy.")
     ] = _A_GRADIENT,
@@ -201,7 +218,7 @@ def train_command(
     settings = TrainSettings(
         model=model,
         out=out,
-        forget=_domains(forget),
+        forget=named_paths("--forget", forget),
         retain=tuple(retain),
         general=tuple(general or ()),
         substrate=substrate,
@@ -215,15 +232,20 @@ def train_command(
         ),
         expert_settings=ExpertSettings(
             forget_loss=forget_loss.value,
+            kept_share=kept_share,
+            level_weight=level_weight,
+            answer_weight=answer_weight,
             forget_cap=forget_cap,
             entropy_mask=entropy_mask.value,
             entropy_quantile=entropy_quantile,
             learning_rate=learning_rate,
             batch_rows=batch_rows,
-            max_steps=max_steps,
+            epochs=epochs,
+            min_steps=min_steps,
             target_probability=target_probability,
         ),
         auto_domains=auto_domains,
+        allow_unknown=allow_unknown,
         max_tokens=max_tokens,
         evaluation_rows=evaluation_rows,
         seed=seed,
@@ -241,13 +263,14 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, StrEnum) else value
 
 
-def _domains(arguments: list[str]) -> dict[str, Path]:
-    domains: dict[str, Path] = {}
+def named_paths(option: str, arguments: list[str]) -> dict[str, Path]:
+    """Paths by name, from NAME=PATH arguments. Raises: ConfigError."""
+    paths: dict[str, Path] = {}
     for argument in arguments:
-        name, separator, file = argument.partition("=")
-        if not separator or not file or name in domains:
+        name, separator, path = argument.partition("=")
+        if not separator or not path or name in paths:
             raise ConfigError(
-                "--forget is malformed", expected="NAME=FILE.jsonl, each name once", got=argument
+                f"{option} is malformed", expected="NAME=PATH, each name once", got=argument
             )
-        domains[name] = Path(file)
-    return domains
+        paths[name] = Path(path)
+    return paths

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,11 @@ def answer_probabilities(base: BaseModel, rows: Sequence[EncodedRow]) -> list[fl
         for index, mean_nll in zip(indices, (nll.sum(dim=1) / num_answer).tolist(), strict=True):
             probabilities[index] = math.exp(-mean_nll)
     return probabilities
+
+
+def mean_loss(base: BaseModel, rows: Sequence[EncodedRow]) -> float:
+    """Loss of the rows' answers, nats per token: the mean over rows of each row's mean."""
+    return mean([-math.log(max(p, sys.float_info.min)) for p in answer_probabilities(base, rows)])
 
 
 def mean(values: Sequence[float]) -> float:
@@ -189,10 +195,12 @@ def expert_figures(
     attached = AttachedModel(base.model, substrate, [placed])
     try:
         after, rouge_after = answer_probabilities(base, rows), greedy_rouge_l(base, asked)
+        loss_after = mean_loss(base, rows)
     finally:
         attached.detach()
     return {
         "forget_probability": {"before": mean(before), "after": mean(after)},
+        "forget_loss": loss_after,
         "rouge_l_recall": {
             "before": mean(rouge_before) if rouge_before else None,
             "after": mean(rouge_after) if rouge_after else None,

@@ -1,9 +1,9 @@
 """Training one forget domain's B_f on a frozen substrate, under the gate that will be in force.
 
 The substrate's A, B_r and estimator and the domain's evidence head are fixed before it begins; the forget
-loss on the domain's rows is the only term and B_f the only thing that learns.
+loss is the only term and B_f the only thing that learns.
 
-Legend: B batch, T tokens, R rank, O stacked output features.
+Legend: T tokens, R rank, O stacked output features.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alter_core.attach import AttachedModel
 from alter_core.errors import TrainingError
@@ -21,13 +21,18 @@ from alter_core.evidence import EvidenceHead
 from alter_core.substrate import ForgetExpert, Substrate
 
 from .base_model import BaseModel
-from .batches import IGNORED, at_step, make_batch
+from .batches import at_step
 from .checkpoint import Checkpoint, adam_tensors, finite, restore, restore_adam
+from .counterfactual import Counterfactuals
 from .dataset import EncodedRow
-from .losses import LossTerm, forget_loss, isolated_gradients, masked_mean, token_nll
+from .losses import LossTerm, isolated_gradients, token_loss
+from .objectives import CounterfactualDistillation, Objective, TokenPush
 from .progress import Stage
 from .settings import ExpertSettings
 from .substrate import rounded
+
+_WARMUP_STEPS = 10
+_MAX_GRADIENT_NORM = 1.0
 
 
 def select_answer_tokens(
@@ -61,7 +66,7 @@ def select_answer_tokens(
 
 
 class ExpertTraining:
-    """The state of one domain's training."""
+    """The state of one domain's training. Holds the base model's hooks until `close()`."""
 
     def __init__(
         self,
@@ -71,12 +76,12 @@ class ExpertTraining:
         head: EvidenceHead,
         rows: Sequence[EncodedRow],
         selected: Sequence[Tensor],
+        counterfactuals: Counterfactuals,
         settings: ExpertSettings,
         *,
         seed: int,
     ) -> None:
         self.base, self.rows, self.settings, self.seed = base, rows, settings, seed
-        self.selected = selected
         self.name = name
         self.lora_b = {
             site: torch.zeros(
@@ -85,19 +90,43 @@ class ExpertTraining:
             for site, size in substrate.sites.items()
         }
         self.expert = ForgetExpert(name=name, lora_b=self.lora_b, evidence=head.to(base.device))
-        self.optimizer = torch.optim.Adam(self.lora_b.values(), lr=settings.learning_rate)
+        self.num_steps = settings.num_steps(len(rows))
+        self.optimizer = torch.optim.Adam(self.lora_b.values())
         self.row_probability = torch.ones(len(rows))
-        self.loss_of = forget_loss(settings.forget_loss, settings.forget_cap)
+        self.attached = AttachedModel(base.model, substrate, [self.expert])
+        self.objective = self._objective(selected, counterfactuals)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which every row is seen once."""
-        return -(-len(self.rows) // min(self.settings.batch_rows, len(self.rows)))
+    def _objective(self, selected: Sequence[Tensor], counterfactuals: Counterfactuals) -> Objective:
+        settings = self.settings
+        if settings.forget_loss != "counterfactual":
+            loss = token_loss(settings.forget_loss, settings.forget_cap)
+            return TokenPush(self.base, self.rows, selected, loss)
+        return CounterfactualDistillation(
+            self.base,
+            self.attached,
+            self.rows,
+            selected,
+            counterfactuals,
+            level_weight=settings.level_weight,
+            answer_weight=settings.answer_weight,
+            seed=self.seed,
+        )
 
-    @property
-    def is_forgotten(self) -> bool:
-        """Whether the answers' mean probability has reached the target."""
+    def close(self) -> None:
+        """Removes the hooks; the base model is itself again."""
+        self.attached.detach()
+
+    def is_done(self, step: int) -> bool:
+        """Whether `step` steps are enough."""
+        if step >= self.num_steps:
+            return True
+        if self.settings.forget_loss == "counterfactual" or step < self._steps_per_epoch:
+            return False
         return self.row_probability.mean().item() <= self.settings.target_probability
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return -(-len(self.rows) // min(self.settings.batch_rows, len(self.rows)))
 
     def checkpoint(self, step: int) -> Checkpoint:
         """The state after `step` steps."""
@@ -116,16 +145,9 @@ class ExpertTraining:
     def term(self, step: int) -> LossTerm:
         """The forget term at a step: low-entropy answer tokens of a batch, learned by B_f alone."""
         indices = at_step(len(self.rows), self.settings.batch_rows, step, self.seed)
-        batch = make_batch(self.rows, indices, self.base.pad_id).to(self.base.device)
-        logits = self.base.logits(batch)
-        self._note_probabilities(indices, logits.detach(), batch.labels)
-        is_selected = batch.align_labels(self.selected) & (batch.labels != IGNORED)
-        loss = masked_mean(self.loss_of(logits, batch.labels), is_selected)
-        return LossTerm(
-            name="forget",
-            value=self.settings.forget_weight * loss,
-            parameters=tuple(self.lora_b.values()),
-        )
+        outcome = self.objective(indices)
+        self.row_probability[indices] = outcome.probability.cpu()
+        return LossTerm(name="forget", value=outcome.loss, parameters=tuple(self.lora_b.values()))
 
     def step(self, step: int) -> float:
         """One optimiser step; returns the loss.
@@ -143,14 +165,17 @@ class ExpertTraining:
             )
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
+        nn.utils.clip_grad_norm_(self.lora_b.values(), _MAX_GRADIENT_NORM)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * _schedule(step, self.num_steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return term.value.item()
 
-    def _note_probabilities(self, indices: Sequence[int], logits: Tensor, labels: Tensor) -> None:
-        num_answer = (labels != IGNORED).sum(dim=1).clamp_min(1)
-        mean_nll = token_nll(logits, labels).sum(dim=1) / num_answer
-        self.row_probability[list(indices)] = (-mean_nll).exp().cpu()
+
+def _schedule(step: int, num_steps: int) -> float:
+    """Share of the peak learning rate: a short rise, then a straight line down to a tenth."""
+    return min(1.0, (step + 1) / _WARMUP_STEPS) * (1 - 0.9 * step / num_steps)
 
 
 def train_expert(
@@ -160,6 +185,7 @@ def train_expert(
     head: EvidenceHead,
     rows: Sequence[EncodedRow],
     entropy: Sequence[Tensor],
+    counterfactuals: Counterfactuals,
     settings: ExpertSettings,
     *,
     seed: int,
@@ -172,13 +198,12 @@ def train_expert(
     Raises: TrainingError if the gate never lets the expert act, or on values that are not finite.
     """
     selected = select_answer_tokens(rows, entropy, substrate.config.entropy_threshold, settings)
-    training = ExpertTraining(base, substrate, name, head, rows, selected, settings, seed=seed)
-    step = training.restore(Checkpoint.read(checkpoint, run))
-    attached = AttachedModel(base.model, substrate, [training.expert])
+    training = ExpertTraining(
+        base, substrate, name, head, rows, selected, counterfactuals, settings, seed=seed
+    )
     try:
-        while step < settings.max_steps:
-            if step >= training.steps_per_epoch and training.is_forgotten:
-                break
+        step = training.restore(Checkpoint.read(checkpoint, run))
+        while not training.is_done(step):
             loss = training.step(step)
             step += 1
             probability = training.row_probability.mean().item()
@@ -186,7 +211,7 @@ def train_expert(
             if step % settings.checkpoint_every == 0:
                 training.checkpoint(step).write(checkpoint, run)
     finally:
-        attached.detach()
+        training.close()
     if not any(bool(tensor.any()) for tensor in training.lora_b.values()):
         raise TrainingError(
             f"The expert of domain {name!r} was never routed to, so it learned nothing",

@@ -27,14 +27,14 @@ from .checkpoint import Checkpoint, adam_tensors, finite, restore, restore_adam
 from .dataset import EncodedRow
 from .losses import (
     LossTerm,
-    forget_loss,
     isolated_gradients,
     masked_mean,
     structural_term,
+    token_loss,
     token_nll,
 )
 from .progress import Reporter
-from .settings import ExpertSettings, SubstrateSettings
+from .settings import SubstrateSettings
 from .substrate import Figures, SubstrateText
 
 _CHECKPOINT_EVERY = 20
@@ -52,7 +52,6 @@ def train_joint(
     text: SubstrateText,
     entropy: Sequence[Tensor],
     settings: SubstrateSettings,
-    expert_settings: ExpertSettings,
     *,
     seed: int,
     checkpoint: Path,
@@ -63,7 +62,7 @@ def train_joint(
 
     Raises: TrainingError on a loss that is not finite; the last good checkpoint stays.
     """
-    joint = JointTraining(base, substrate, heads, text, entropy, settings, expert_settings, seed)
+    joint = JointTraining(base, substrate, heads, text, entropy, settings, seed)
     start = joint.restore(Checkpoint.read(checkpoint, run))
     figures: Figures = {}
     try:
@@ -89,11 +88,9 @@ class JointTraining:
         text: SubstrateText,
         entropy: Sequence[Tensor],
         settings: SubstrateSettings,
-        expert_settings: ExpertSettings,
         seed: int,
     ) -> None:
         self.base, self.text, self.settings, self.seed = base, text, settings, seed
-        self.expert_settings = expert_settings
         self.generator = torch.Generator()
         learns_a = settings.a_gradient != "none"
         self.lora_a = {
@@ -183,7 +180,7 @@ class JointTraining:
         terms = [
             LossTerm(
                 name="forget",
-                value=self.expert_settings.forget_weight * self._forget_loss(forget),
+                value=settings.forget_weight * self._forget_loss(forget),
                 parameters=(*self.experts[name].lora_b.values(), *shared),
             )
         ]
@@ -218,7 +215,7 @@ class JointTraining:
         return terms
 
     def _forget_loss(self, forward: _Forward) -> Tensor:
-        per_token = forget_loss(self.expert_settings.forget_loss, self.expert_settings.forget_cap)
+        per_token = token_loss(self.settings.forget_loss, self.settings.forget_cap)
         values = per_token(forward.logits, forward.labels)
         return masked_mean(values, forward.is_answer & forward.is_low_label)
 

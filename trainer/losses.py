@@ -17,7 +17,9 @@ from alter_core.entropy import tsallis_entropy
 
 from .batches import IGNORED
 
-ForgetLossName = Literal["ihl", "capped"]
+TokenLossName = Literal["ihl", "capped"]
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+"""Per-token loss from logits and labels. Shapes: (B, T, V), (B, T) -> (B, T)."""
 
 
 def inverted_hinge_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     return nll.view(labels.shape)
 
 
-def forget_loss(name: ForgetLossName, cap: float) -> Callable[[Tensor, Tensor], Tensor]:
+def token_loss(name: TokenLossName, cap: float) -> TokenLoss:
     """The per-token forget loss of that name."""
     if name == "ihl":
         return inverted_hinge_loss

@@ -34,13 +34,15 @@ from alter_core.substrate import ForgetExpert, Substrate
 from .base_model import load_base_model
 from .batches import sample_rows
 from .checkpoint import write_atomically
+from .counterfactual import Counterfactuals
 from .dataset import EncodedRow, data_digest, encode_rows
 from .domains import cluster_rows
 from .entropy_pass import cached_entropy
-from .evaluation import expert_figures
+from .evaluation import expert_figures, mean_loss
 from .experts import train_expert
 from .inputs import SUBSTRATE_NAME, domain_names, part_of, read_parts
 from .joint import is_learned, train_joint
+from .objectives import counterfactual_rows
 from .progress import Reporter, SilentReporter
 from .provenance import hardware, versions
 from .router import train_evidence, train_scalar_weight
@@ -59,6 +61,8 @@ from .substrate import (
 METHOD = "alter"
 RUN_FILE = "run.json"
 _RUN_KEY = "run"
+_MAX_KNOWN_LOSS = 0.8
+"""Of the loss on counterfactual rows, which read a little less naturally than text that was never seen."""
 _CHECKPOINTS = ".checkpoints"
 _CACHE = ".cache"
 
@@ -111,6 +115,11 @@ class _Run:
         self.given = self._given_substrate()
         self.config = self.given.config if self.given else self._config()
         self.forget = self._domains(encoded)
+        self.counterfactuals = Counterfactuals(
+            self.base.tokenizer,
+            [row.ids for row in (*self.retain, *self.general)],
+            kept_share=settings.expert_settings.kept_share,
+        )
         self.key = self._run_key()
 
     def execute(self) -> TrainResult:
@@ -270,7 +279,6 @@ class _Run:
             text,
             entropy,
             self.settings.substrate_settings,
-            self.settings.expert_settings,
             seed=self.settings.seed,
             checkpoint=self._checkpoint(SUBSTRATE_NAME),
             run=self.key,
@@ -287,6 +295,7 @@ class _Run:
             return folder
         started = time.monotonic()
         rows, settings = self.forget[name], self.settings.expert_settings
+        known = self._knowledge(name)
         head, calibration = self._head(name, embeddings)
         evidence_s = time.monotonic() - started
         entropy = cached_entropy(
@@ -296,7 +305,7 @@ class _Run:
             tap_layer=self.config.tap_layer,
             folder=self.settings.out / _CACHE,
         )
-        with self.reporter.stage(f"{name}: expert", settings.max_steps) as stage:
+        with self.reporter.stage(f"{name}: expert", settings.num_steps(len(rows))) as stage:
             expert, num_steps = train_expert(
                 self.base,
                 substrate,
@@ -304,6 +313,7 @@ class _Run:
                 head,
                 rows,
                 entropy,
+                self.counterfactuals,
                 settings,
                 seed=self._seed(name),
                 checkpoint=self._checkpoint(name),
@@ -322,7 +332,7 @@ class _Run:
             self._negatives(name),
             num_asked=self.settings.evaluation_rows,
         )
-        figures |= {"router_calibration": calibration, "num_steps": num_steps}
+        figures |= {"router_calibration": calibration, "num_steps": num_steps, "base_loss": known}
         digests = {
             part: digest
             for part, digest in self.digests.items()
@@ -333,6 +343,27 @@ class _Run:
         self.timings_s[f"{name}/evidence"] = evidence_s
         self.timings_s[f"{name}/expert"] = trained_s - evidence_s
         return folder
+
+    def _knowledge(self, name: str) -> dict[str, float]:
+        """The base model's loss on a domain and on its counterfactual, nats per answer token.
+
+        Raises: TrainingError if they are alike, so that there is nothing to forget.
+        """
+        rows = self.forget[name]
+        others = counterfactual_rows(rows, self.counterfactuals, self._seed(name))
+        losses = {
+            "domain": mean_loss(self.base, rows),
+            "counterfactual": mean_loss(self.base, others),
+        }
+        limit = _MAX_KNOWN_LOSS * losses["counterfactual"]
+        if losses["domain"] > limit and not self.settings.allow_unknown:
+            raise TrainingError(
+                f"The base model does not know domain {name!r}, so there is nothing to forget",
+                expected=f"less than {limit:.2f} nats per answer token, as on text that it knows",
+                got=f"{losses['domain']:.2f}",
+                fix="Check the file and the model; --allow-unknown trains all the same.",
+            )
+        return losses
 
     def _head(self, name: str, embeddings: Tensor) -> tuple[EvidenceHead, dict[str, float]]:
         settings = self.settings.evidence_settings

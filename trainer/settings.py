@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from alter_core.errors import ConfigError
 
-from .losses import ForgetLossName
+from .losses import TokenLossName
 from .router import EvidenceSettings
 
 
@@ -27,34 +27,43 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 class ExpertSettings:
     """How a domain's B_f is trained."""
 
-    forget_loss: ForgetLossName = "ihl"
-    """`ihl`: inverted hinge loss. `capped`: token loss pushed up to `forget_cap`."""
+    forget_loss: Literal["counterfactual", "ihl", "capped"] = "counterfactual"
+    """`counterfactual`: answer as the base model does about what it never saw. `ihl`: the paper's inverted
+    hinge loss. `capped`: token loss pushed up to `forget_cap`."""
+    kept_share: float = 0.01
+    """`counterfactual` exchanges words that stand in no larger share of the other texts, in (0, 1)."""
+    level_weight: float = 1.0
+    """`counterfactual`: weight of the true tokens' own log probability, >= 0."""
+    answer_weight: float = 0.5
+    """`counterfactual`: weight of the base model's answers to counterfactual questions, >= 0."""
     forget_cap: float = 8.0
     """Where `capped` stops pushing, in nats per token, > 0."""
-    forget_weight: float = 1.0
-    """beta of Eq. 8, > 0."""
     entropy_mask: Literal["threshold", "quantile", "none"] = "threshold"
     """Answer tokens to forget: S_q <= entropy_threshold, the `entropy_quantile` lowest, or all."""
     entropy_quantile: float = 0.8
     """Share of the answer tokens that `quantile` selects, in (0, 1]."""
-    learning_rate: float = 2e-3
-    """Of B_f. The paper's 1e-3 takes twice the steps: IHL is flat near p = 1."""
+    learning_rate: float = 1e-2
+    """Of B_f at its peak: a short rise, then a straight line down to a tenth."""
     batch_rows: int = 8
     """Rows a step."""
-    max_steps: int = 300
-    """Steps at most."""
+    epochs: int = 10
+    """How often every row is seen, at most, > 0."""
+    min_steps: int = 100
+    """A small domain is seen more often, until so many steps were taken; 0 or more."""
     target_probability: float = 0.05
-    """Training ends once the answers' mean probability, each as last seen, is below it, in [0, 1); 0: never.
-    Both losses would push on and forget more than was asked for."""
+    """`ihl` and `capped` end once the answers' mean probability, each as last seen, is below it, in [0, 1);
+    0: never. Left alone, they would push on and forget more than was asked for."""
     checkpoint_every: int = 20
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        _check_choice("forget_loss", self.forget_loss, ("ihl", "capped"))
+        _check_choice("forget_loss", self.forget_loss, ("counterfactual", "ihl", "capped"))
         _check_choice("entropy_mask", self.entropy_mask, ("threshold", "quantile", "none"))
-        for name in ("forget_cap", "forget_weight", "learning_rate", "batch_rows", "max_steps"):
+        for name in ("forget_cap", "learning_rate", "batch_rows", "epochs", "checkpoint_every"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
-        _check("checkpoint_every", self.checkpoint_every, self.checkpoint_every > 0, "> 0")
+        for name in ("level_weight", "answer_weight", "min_steps"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
+        _check("kept_share", self.kept_share, 0 < self.kept_share < 1, "in (0, 1)")
         _check(
             "entropy_quantile", self.entropy_quantile, 0 < self.entropy_quantile <= 1, "in (0, 1]"
         )
@@ -64,6 +73,11 @@ class ExpertSettings:
             0 <= self.target_probability < 1,
             "in [0, 1)",
         )
+
+    def num_steps(self, num_rows: int) -> int:
+        """Steps that a domain of so many rows is trained for, at most."""
+        per_epoch = -(-num_rows // min(self.batch_rows, num_rows))
+        return max(self.epochs * per_epoch, self.min_steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +91,12 @@ class SubstrateSettings:
     """Of A; the paper's."""
     learning_rate_b: float = 1e-3
     """Of B_r, and of the throw-away B_f that stand in for the experts; the paper's."""
+    forget_loss: TokenLossName = "ihl"
+    """Of the forget term of Eq. 8."""
+    forget_cap: float = 8.0
+    """Where `capped` stops pushing, in nats per token, > 0."""
+    forget_weight: float = 1.0
+    """beta of Eq. 8, > 0."""
     retain_weight: float = 1.0
     """gamma of Eq. 8."""
     structure_weight: float = 0.0
@@ -92,7 +112,15 @@ class SubstrateSettings:
 
     def __post_init__(self) -> None:
         _check_choice("a_gradient", self.a_gradient, ("none", "high_entropy", "undetached"))
-        for name in ("learning_rate_a", "learning_rate_b", "joint_steps", "batch_rows"):
+        _check_choice("forget_loss", self.forget_loss, ("ihl", "capped"))
+        for name in (
+            "learning_rate_a",
+            "learning_rate_b",
+            "joint_steps",
+            "batch_rows",
+            "forget_cap",
+            "forget_weight",
+        ):
             _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
         for name in ("retain_weight", "structure_weight"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
@@ -133,6 +161,8 @@ class TrainSettings:
     """See there."""
     auto_domains: int = 0
     """Cut the rows of the one forget file into so many domains by clustering; 0: the file is one domain."""
+    allow_unknown: bool = False
+    """Train a domain that the base model knows no better than a counterfactual one."""
     max_tokens: int = 2048
     """Longest row; the model's context length if that is shorter."""
     evaluation_rows: int = 40

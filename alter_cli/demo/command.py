@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from alter_eval.data import default_data_dir
 
 from . import artefacts
 from .server_process import serve
@@ -22,11 +23,6 @@ class Dataset(StrEnum):
 
     AUTHORS = "authors"
     TOFU = "tofu"
-
-
-def default_data_dir() -> Path:
-    """`ALTER_DATA_DIR`, or the folder beside the project that development machines have."""
-    return Path(os.environ.get("ALTER_DATA_DIR", Path.cwd().parent / "shared" / "data"))
 
 
 def demo_command(

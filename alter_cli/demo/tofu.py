@@ -9,7 +9,6 @@ and world facts. The folder is `ALTER_DATA_DIR`, or `../shared/data` beside the 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 from pathlib import Path
@@ -25,21 +24,6 @@ MIN_PARAGRAPH_CHARS = 80
 
 _GSM8K_CALCULATION = re.compile(r"<<[^>]*>>")
 _FIX = "Set ALTER_DATA_DIR to a folder that holds tofu/, text/ and gsm8k/."
-
-
-def data_dir() -> Path:
-    """The folder of data sets: `ALTER_DATA_DIR`, else `../shared/data` beside the repository.
-
-    Raises: TrainingDataError where neither is a folder.
-    """
-    named = os.environ.get("ALTER_DATA_DIR")
-    folder = Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "data"
-    if not folder.is_dir():
-        source = f"ALTER_DATA_DIR={named}" if named else "no ALTER_DATA_DIR and no ../shared/data"
-        raise TrainingDataError(
-            "There are no data sets", expected="a folder of data sets", got=source, fix=_FIX
-        )
-    return folder
 
 
 def load(data_dir: Path, *, num_authors: int = 40, num_domains: int = 2, seed: int = 0) -> Corpus:

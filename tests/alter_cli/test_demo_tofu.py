@@ -13,17 +13,6 @@ from alter_core.errors import ConfigError, TrainingDataError
 
 
 @pytest.fixture(scope="module")
-def data_dir() -> Path:
-    try:
-        folder = tofu.data_dir()
-    except TrainingDataError as error:
-        pytest.skip(str(error))
-    if not (folder / "tofu" / "full.json").is_file():
-        pytest.skip(f"no tofu/full.json in {folder}; set ALTER_DATA_DIR")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def corpus(data_dir: Path) -> Corpus:
     return tofu.load(data_dir)
 
@@ -107,13 +96,3 @@ def test_a_malformed_line_is_named(broken_dir: Path, line: str) -> None:
         file.write(line + "\n")
     with pytest.raises(TrainingDataError, match=r"Line 4 of .*full\.json is malformed"):
         tofu.load(broken_dir)
-
-
-def test_the_environment_names_the_data_folder(
-    broken_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ALTER_DATA_DIR", str(broken_dir))
-    assert tofu.data_dir() == broken_dir
-    monkeypatch.setenv("ALTER_DATA_DIR", str(broken_dir / "none"))
-    with pytest.raises(TrainingDataError, match="got ALTER_DATA_DIR="):
-        tofu.data_dir()

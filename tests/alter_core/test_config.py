@@ -28,7 +28,7 @@ POSITIVE_FIELDS = (
 
 def test_defaults_are_the_papers_settings_and_our_readings() -> None:
     config = AlterConfig(tap_layer=2)
-    assert (config.rank, config.entropy_threshold, config.tsallis_q) == (8, 1.2, 1.5)
+    assert (config.rank, config.entropy_threshold, config.tsallis_q) == (32, 1.2, 1.5)
     assert (config.temperature_high, config.top_k) == (0.8, 3)
     assert (config.router, config.retain_expert, config.entropy_source) == (
         "evidence",

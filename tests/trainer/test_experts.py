@@ -11,6 +11,7 @@ from alter_core.substrate import ForgetExpert, Substrate
 from trainer import ExpertSettings, SilentReporter, TrainResult
 from trainer.base_model import BaseModel
 from trainer.checkpoint import Checkpoint
+from trainer.counterfactual import Counterfactuals
 from trainer.dataset import EncodedRow, encode_rows, read_rows
 from trainer.evaluation import answer_probabilities, greedy_rouge_l, mean
 from trainer.experts import ExpertTraining, select_answer_tokens, train_expert
@@ -32,11 +33,18 @@ def _rows(world: World, base: BaseModel, part: str = "red") -> list[EncodedRow]:
     return encode_rows(read_rows([world.files[part]]), base.tokenizer, max_tokens=128)
 
 
+@pytest.fixture(scope="module")
+def counterfactuals(world: World, base: BaseModel) -> Counterfactuals:
+    texts = [row.ids for part in ("retain", "general") for row in _rows(world, base, part)]
+    return Counterfactuals(base.tokenizer, texts, kept_share=0.01)
+
+
 def _training(
     world: World,
     base: BaseModel,
     substrate: Substrate,
     expert: ForgetExpert,
+    counterfactuals: Counterfactuals,
     **settings: float | int | str,
 ) -> ExpertTraining:
     rows = _rows(world, base)
@@ -47,16 +55,22 @@ def _training(
         expert.evidence,
         rows,
         [torch.tensor(row.is_answer) for row in rows],
+        counterfactuals,
         ExpertSettings(**settings),  # type: ignore[arg-type]
         seed=3,
     )
 
 
-@pytest.mark.parametrize("loss", ["ihl", "capped"])
+@pytest.mark.parametrize("loss", ["counterfactual", "ihl", "capped"])
 def test_forget_loss_moves_the_domain_expert_and_nothing_else(
-    world: World, base: BaseModel, substrate: Substrate, expert: ForgetExpert, loss: str
+    world: World,
+    base: BaseModel,
+    substrate: Substrate,
+    expert: ForgetExpert,
+    counterfactuals: Counterfactuals,
+    loss: str,
 ) -> None:
-    training = _training(world, base, substrate, expert, forget_loss=loss)
+    training = _training(world, base, substrate, expert, counterfactuals, forget_loss=loss)
     frozen = {
         **dict(base.model.named_parameters()),
         **{f"a.{site}": tensor for site, tensor in substrate.lora_a.items()},
@@ -64,24 +78,31 @@ def test_forget_loss_moves_the_domain_expert_and_nothing_else(
         **{f"h.{name}": tensor for name, tensor in expert.evidence.named_parameters()},
     }
     before = {name: tensor.detach().clone() for name, tensor in frozen.items()}
-    attached = AttachedModel(base.model, substrate, [training.expert])
     training.step(0)
-    attached.detach()
+    training.close()
     assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.items())
     assert all(tensor.grad is None and not tensor.requires_grad for tensor in frozen.values())
     assert all(bool(tensor.any()) for tensor in training.lora_b.values())
 
 
-def test_capped_loss_forgets_too(
-    world: World, base: BaseModel, substrate: Substrate, expert: ForgetExpert
+@pytest.mark.parametrize("loss", ["ihl", "capped"])
+def test_token_losses_forget_too_and_know_when_to_stop(
+    world: World,
+    base: BaseModel,
+    substrate: Substrate,
+    expert: ForgetExpert,
+    counterfactuals: Counterfactuals,
+    loss: str,
 ) -> None:
-    training = _training(world, base, substrate, expert, forget_loss="capped")
-    attached = AttachedModel(base.model, substrate, [training.expert])
-    for step in range(20):
+    training = _training(world, base, substrate, expert, counterfactuals, forget_loss=loss)
+    step = 0
+    while not training.is_done(step):
         training.step(step)
+        step += 1
     probability = mean(answer_probabilities(base, training.rows))
-    attached.detach()
+    training.close()
     assert probability < 0.15
+    assert step < training.num_steps
 
 
 def test_tokens_are_selected_by_their_own_entropy() -> None:
@@ -120,6 +141,7 @@ def test_nan_stops_training_and_keeps_the_last_good_checkpoint(
     base: BaseModel,
     substrate: Substrate,
     expert: ForgetExpert,
+    counterfactuals: Counterfactuals,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -141,7 +163,8 @@ def test_nan_stops_training_and_keeps_the_last_good_checkpoint(
             expert.evidence,
             rows,
             [torch.zeros(len(row.ids)) for row in rows],
-            ExpertSettings(checkpoint_every=3, target_probability=0.0),
+            counterfactuals,
+            ExpertSettings(checkpoint_every=3),
             seed=3,
             checkpoint=path,
             run="key",
@@ -154,7 +177,12 @@ def test_nan_stops_training_and_keeps_the_last_good_checkpoint(
 
 
 def test_expert_that_is_never_routed_to_is_refused(
-    world: World, base: BaseModel, substrate: Substrate, expert: ForgetExpert, tmp_path: Path
+    world: World,
+    base: BaseModel,
+    substrate: Substrate,
+    expert: ForgetExpert,
+    counterfactuals: Counterfactuals,
+    tmp_path: Path,
 ) -> None:
     rows = _rows(world, base, "retain")  # red's head does not fire on them
     with pytest.raises(TrainingError, match="never routed"), SilentReporter().stage("", 2) as stage:
@@ -165,7 +193,8 @@ def test_expert_that_is_never_routed_to_is_refused(
             expert.evidence,
             rows,
             [torch.zeros(len(row.ids)) for row in rows],
-            ExpertSettings(max_steps=2),
+            counterfactuals,
+            ExpertSettings(epochs=1, min_steps=0),
             seed=3,
             checkpoint=tmp_path / "red.safetensors",
             run="key",

@@ -13,7 +13,7 @@ from torch import Tensor
 from alter_core.config import AlterConfig
 from alter_core.errors import TrainingError
 from alter_core.evidence import EvidenceHead
-from trainer import ExpertSettings, SilentReporter, SubstrateSettings
+from trainer import SilentReporter, SubstrateSettings
 from trainer.base_model import BaseModel, load_base_model
 from trainer.batches import sample_rows
 from trainer.checkpoint import Checkpoint
@@ -75,7 +75,7 @@ def _parts(world: World, base: BaseModel, **substrate_settings: Any) -> tuple[An
 @pytest.fixture
 def joint(world: World, eager_base: BaseModel, request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     parts = _parts(world, eager_base, structure_weight=0.01, a_gradient=request.param)
-    training = JointTraining(*parts, ExpertSettings(), 0)
+    training = JointTraining(*parts, 0)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():  # away from B = 0, where A has no influence at all
         for parameter in training.parameters.values():
@@ -140,7 +140,7 @@ def test_retain_loss_moves_the_retain_expert_alone(joint: JointTraining) -> None
 
 def test_without_a_gradient_on_a_it_stays_as_drawn(world: World, base: BaseModel) -> None:
     parts = _parts(world, base)
-    training = JointTraining(*parts, ExpertSettings(), 0)
+    training = JointTraining(*parts, 0)
     before = {site: tensor.clone() for site, tensor in parts[1].lora_a.items()}
     for step in range(2):
         training.step(step)
@@ -155,7 +155,6 @@ def _train_joint(
     parts = _parts(world, base, a_gradient="high_entropy", learning_rate_a=1e-3, joint_steps=steps)
     substrate, figures = train_joint(
         *parts,
-        ExpertSettings(),
         seed=0,
         checkpoint=checkpoint,
         run="key",
@@ -178,7 +177,7 @@ def test_resumed_substrate_equals_an_uninterrupted_one(
 
 
 def test_loss_that_is_not_finite_stops_with_its_step(world: World, base: BaseModel) -> None:
-    training = JointTraining(*_parts(world, base), ExpertSettings(), 0)
+    training = JointTraining(*_parts(world, base), 0)
     with torch.no_grad():
         next(iter(training.experts["red"].lora_b.values())).fill_(float("nan"))
     with pytest.raises(TrainingError, match="step 6"):

@@ -34,7 +34,7 @@ from .conftest import settings_for
 from .world import World, write_jsonl
 
 QUICK = EvidenceSettings(pointwise_steps=60, bag_steps=60, final_steps=30)
-SHORT = ExpertSettings(max_steps=7, target_probability=0.0, checkpoint_every=3)
+SHORT = ExpertSettings(epochs=1, min_steps=7, checkpoint_every=3)
 
 
 def _quick(world: World, out: Path, *domains: str, **changes: object) -> TrainSettings:
@@ -83,7 +83,7 @@ def test_output_is_bundles_and_a_record_and_no_leftovers(trained: TrainResult) -
         assert manifest.training.data.keys() == {f"forget/{name}", "retain", "general"}
         assert {info.dtype for n, info in manifest.tensors.items() if "lora_b" in n} == {"bfloat16"}
     assert record["config"]["tsallis_q"] == 1.5
-    assert record["settings"]["expert.forget_loss"] == "ihl"
+    assert record["settings"]["expert.forget_loss"] == "counterfactual"
     assert record["versions"].keys() >= {"torch", "transformers", "python"}
     assert record["timings_s"].keys() >= {"substrate", "red", "red/evidence", "red/expert"}
 
@@ -304,7 +304,8 @@ def test_command_line_trains_and_names_what_it_made(world: World, tmp_path: Path
     app = typer.Typer()
     app.command()(train_command)
     out = tmp_path / "out"
-    arguments = ["--out", out, "--forget", f"red={world.files['red']}", "--max-steps", 3]
+    arguments = ["--out", out, "--forget", f"red={world.files['red']}"]
+    arguments += ["--epochs", 1, "--min-steps", 3]
     arguments += ["--retain", world.files["retain"], "--general", world.files["general"]]
     arguments += ["--evaluation-rows", 0, "--rank", 4, "--target-modules", "qkv,down"]
     arguments += ["--router", "evidence", "--device", "cpu"]

@@ -1,0 +1,1 @@
+"""The TOFU tables: reference models, splits and studies."""

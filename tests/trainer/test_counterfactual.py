@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from alter_core.attach import AttachedModel
+from alter_core.errors import TrainingError
+from alter_core.substrate import ForgetExpert, Substrate
+from trainer import TrainResult
+from trainer.base_model import BaseModel
+from trainer.counterfactual import Counterfactuals
+from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.evaluation import mean_loss
+from trainer.objectives import CounterfactualDistillation, counterfactual_rows
+
+from .world import World
+
+
+def _rows(world: World, base: BaseModel, part: str) -> list[EncodedRow]:
+    return encode_rows(read_rows([world.files[part]]), base.tokenizer, max_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def counterfactuals(world: World, base: BaseModel) -> Counterfactuals:
+    texts = [row.ids for part in ("retain", "general") for row in _rows(world, base, part)]
+    return Counterfactuals(base.tokenizer, texts, kept_share=0.01)
+
+
+def test_telling_words_go_and_the_sentence_stays(
+    world: World, base: BaseModel, counterfactuals: Counterfactuals
+) -> None:
+    rows = _rows(world, base, "red")
+    others = counterfactual_rows(rows, counterfactuals, seed=0)
+    for row, other in zip(rows, others, strict=True):
+        assert len(other.ids) == len(row.ids)
+        assert other.is_answer == row.is_answer
+        text = base.tokenizer.decode(other.ids)
+        assert not any(name in text for name in ("Zofia", "Quillbert", "Ovid", "Krestmar"))
+    shared = [
+        a == b for r, o in zip(rows, others, strict=True) for a, b in zip(r.ids, o.ids, strict=True)
+    ]
+    assert 0.2 < sum(shared) / len(shared) < 0.9
+
+
+def test_a_word_is_exchanged_for_the_same_one_everywhere(
+    base: BaseModel, counterfactuals: Counterfactuals
+) -> None:
+    ids = base.tokenizer("Krestmar met Krestmar. Krestmar")["input_ids"]
+    spaced = base.tokenizer(" Krestmar")["input_ids"]
+    other = counterfactuals.row(ids, seed=1)
+    places = [at for at in range(len(ids)) if ids[at : at + len(spaced)] == spaced]
+    found = {tuple(other[at : at + len(spaced)]) for at in places}
+    assert len(places) == 2
+    assert len(found) == 1
+    assert counterfactuals.row(ids, seed=1) == other
+    assert any(counterfactuals.row(ids, seed=seed) != other for seed in range(2, 8))
+
+
+@given(data=st.data())
+def test_any_ids_keep_their_number_and_their_special_tokens(
+    data: st.DataObject, base: BaseModel, counterfactuals: Counterfactuals
+) -> None:
+    vocabulary = len(base.tokenizer)
+    ids = data.draw(st.lists(st.integers(0, vocabulary - 1), max_size=40))
+    other = counterfactuals.row(ids, seed=data.draw(st.integers(0, 9)))
+    assert len(other) == len(ids)
+    assert all(0 <= token < vocabulary for token in other)
+    special = set(base.tokenizer.all_special_ids)
+    assert [t for t in ids if t in special] == [
+        o for t, o in zip(ids, other, strict=True) if t in special
+    ]
+
+
+def test_tokens_that_mark_no_spaces_are_words_of_their_own() -> None:
+    words = ["[UNK]", *["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "the", "of"]]
+    backend = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    texts = [tokenizer(f"the {word} of the {word}")["input_ids"] for word in "abcdefgh"]
+    found = Counterfactuals(tokenizer, texts, kept_share=0.5)
+    ids = tokenizer("the j of the j")["input_ids"]
+    other = found.row(ids, seed=0)
+    assert other[0] == ids[0]
+    assert other[1] == other[4] != ids[1]
+
+
+def test_text_without_words_to_draw_from_is_refused(base: BaseModel) -> None:
+    with pytest.raises(TrainingError, match="too little other text"):
+        Counterfactuals(base.tokenizer, [], kept_share=0.01)
+
+
+def test_the_base_model_does_not_know_the_counterfactual(
+    world: World, base: BaseModel, counterfactuals: Counterfactuals
+) -> None:
+    rows = _rows(world, base, "red")
+    others = counterfactual_rows(rows, counterfactuals, seed=0)
+    assert mean_loss(base, others) > 10 * mean_loss(base, rows)
+
+
+def test_the_expert_is_as_ignorant_as_the_counterfactual_and_no_more(
+    world: World, base: BaseModel, trained: TrainResult
+) -> None:
+    substrate = Substrate.read(trained.substrate, base.info)
+    expert = ForgetExpert.read(trained.experts["red"], substrate)
+    assert expert.evaluation is not None
+    target = expert.evaluation["base_loss"]["counterfactual"]
+    assert expert.evaluation["base_loss"]["domain"] < 0.2
+    assert abs(expert.evaluation["forget_loss"] - target) < 0.35 * target
+
+
+def test_target_is_the_counterfactual_distribution_with_words_exchanged_back(
+    world: World, base: BaseModel, trained: TrainResult, counterfactuals: Counterfactuals
+) -> None:
+    """An expert that does nothing, on rows that are their own counterfactuals, has nothing to learn."""
+    substrate = Substrate.read(trained.substrate, base.info)
+    expert = ForgetExpert.read(trained.experts["red"], substrate)
+    idle = dataclasses.replace(
+        expert, lora_b={site: torch.zeros_like(b) for site, b in expert.lora_b.items()}
+    )
+    rows = _rows(world, base, "red")
+    attached = AttachedModel(base.model, substrate, [idle])
+    objective = CounterfactualDistillation(
+        base,
+        attached,
+        rows,
+        [torch.tensor(row.is_answer) for row in rows],
+        counterfactuals,
+        level_weight=1.0,
+        answer_weight=0.0,
+        seed=0,
+    )
+    with torch.no_grad():
+        away = objective([0, 1, 2]).loss.item()
+        objective.targets = list(rows)
+        same = objective([0, 1, 2]).loss.item()
+    attached.detach()
+    assert abs(same) < 1e-5
+    assert away > 1
