@@ -56,6 +56,7 @@ class Counterfactuals:
         frequency: Counter[str] = Counter()
         for ids in texts:
             frequency.update({self._shapes.text(ids, *place) for place in self._shapes.words(ids)})
+        self._known = frozenset(frequency)
         limit = max(kept_share * len(texts), _MIN_KEPT_COUNT)
         self._kept = {word for word, count in frequency.items() if count > limit}
         rest = {w: c for w, c in frequency.items() if w not in self._kept}
@@ -84,6 +85,10 @@ class Counterfactuals:
                 word = self._fitted(word, ids[start:stop])
             result[start:stop] = word
         return result
+
+    def own_words(self, ids: Sequence[int]) -> set[str]:
+        """Words that none of the other texts holds."""
+        return {self._shapes.text(ids, *place) for place in self._shapes.words(ids)} - self._known
 
     def _sort(self, frequency: dict[str, int]) -> dict[Kind, _Replacements]:
         words = sorted(frequency)

@@ -92,7 +92,11 @@ class CounterfactualDistillation:
         self.level_weight, self.answer_weight = level_weight, answer_weight
         self.targets = counterfactual_rows(rows, counterfactuals, seed)
         with attached.disabled():
-            self.answers = _ignorant_answers(base, rows, self.targets) if answer_weight > 0 else {}
+            self.answers = (
+                _ignorant_answers(base, rows, self.targets, counterfactuals)
+                if answer_weight > 0
+                else {}
+            )
 
     def __call__(self, indices: Sequence[int]) -> Outcome:
         """See Objective."""
@@ -140,11 +144,15 @@ def counterfactual_rows(
 
 
 def _ignorant_answers(
-    base: BaseModel, rows: Sequence[EncodedRow], targets: Sequence[EncodedRow]
+    base: BaseModel,
+    rows: Sequence[EncodedRow],
+    targets: Sequence[EncodedRow],
+    counterfactuals: Counterfactuals,
 ) -> dict[int, tuple[EncodedRow, EncodedRow]]:
     """By index: the row's question and the counterfactual one, each with the answer to the latter.
 
-    Rows without a question, plain text, have none.
+    Rows without a question, plain text, have none; nor have those whose answer holds words of the domain,
+    which the base model still knows and may bring up at any question.
     """
     asked = [index for index, row in enumerate(rows) if row.num_prompt > 0]
     if not asked:
@@ -155,8 +163,11 @@ def _ignorant_answers(
         max_new_tokens=max(len(first_answer(rows[index])) for index in asked),
     )
     end = base.tokenizer.eos_token_id
+    domain_words = set().union(*(counterfactuals.own_words(row.ids) for row in rows))
     pairs = {}
     for index, completion in zip(asked, completions, strict=True):
+        if counterfactuals.own_words(completion) & domain_words:
+            continue
         answer = completion if end is None else [*completion, end]
         told = _told(rows[index], targets[index], answer)
         if any(told[0].is_answer):

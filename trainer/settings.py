@@ -30,11 +30,11 @@ class ExpertSettings:
     forget_loss: Literal["counterfactual", "ihl", "capped"] = "counterfactual"
     """`counterfactual`: answer as the base model does about what it never saw. `ihl`: the paper's inverted
     hinge loss. `capped`: token loss pushed up to `forget_cap`."""
-    kept_share: float = 0.01
+    kept_share: float = 0.005
     """`counterfactual` exchanges words that stand in no larger share of the other texts, in (0, 1)."""
     level_weight: float = 1.0
     """`counterfactual`: weight of the true tokens' own log probability, >= 0."""
-    answer_weight: float = 0.5
+    answer_weight: float = 1.0
     """`counterfactual`: weight of the base model's answers to counterfactual questions, >= 0."""
     forget_cap: float = 8.0
     """Where `capped` stops pushing, in nats per token, > 0."""
@@ -46,9 +46,9 @@ class ExpertSettings:
     """Of B_f at its peak: a short rise, then a straight line down to a tenth."""
     batch_rows: int = 8
     """Rows a step."""
-    epochs: int = 10
+    epochs: int = 15
     """How often every row is seen, at most, > 0."""
-    min_steps: int = 100
+    min_steps: int = 150
     """A small domain is seen more often, until so many steps were taken; 0 or more."""
     target_probability: float = 0.05
     """`ihl` and `capped` end once the answers' mean probability, each as last seen, is below it, in [0, 1);
