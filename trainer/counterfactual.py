@@ -47,16 +47,22 @@ class Counterfactuals:
         self,
         tokenizer: PreTrainedTokenizerBase,
         texts: Sequence[Sequence[int]],
+        forget: Sequence[Sequence[int]] = (),
         *,
         kept_share: float,
     ) -> None:
-        """`texts` hold nothing of the domain, as token ids; words in more than `kept_share` of them stay."""
+        """`texts` are to be kept, `forget` are all domains' rows, both as token ids.
+
+        Words in more than `kept_share` of the texts stay.
+        """
         self._tokenizer = tokenizer
         self._shapes = _TokenShapes(tokenizer)
         frequency: Counter[str] = Counter()
         for ids in texts:
             frequency.update({self._shapes.text(ids, *place) for place in self._shapes.words(ids)})
         self._known = frozenset(frequency)
+        self.domain_words = set().union(*(self.own_words(ids) for ids in forget))
+        """Words of any domain that none of the other texts holds."""
         limit = max(kept_share * len(texts), _MIN_KEPT_COUNT)
         self._kept = {word for word, count in frequency.items() if count > limit}
         rest = {w: c for w, c in frequency.items() if w not in self._kept}

@@ -32,6 +32,8 @@ from .settings import ExpertSettings
 from .substrate import rounded
 
 _WARMUP_STEPS = 10
+_READINGS = (0.4, 0.6, 0.8)
+"""When, as shares of all steps, the expert's own answers are looked through."""
 _MAX_GRADIENT_NORM = 1.0
 
 
@@ -91,6 +93,7 @@ class ExpertTraining:
         }
         self.expert = ForgetExpert(name=name, lora_b=self.lora_b, evidence=head.to(base.device))
         self.num_steps = settings.num_steps(len(rows))
+        self.readings = {round(share * self.num_steps) for share in _READINGS}
         self.optimizer = torch.optim.Adam(self.lora_b.values())
         self.row_probability = torch.ones(len(rows))
         self.attached = AttachedModel(base.model, substrate, [self.expert])
@@ -130,7 +133,11 @@ class ExpertTraining:
 
     def checkpoint(self, step: int) -> Checkpoint:
         """The state after `step` steps."""
-        tensors = {**self.lora_b, "row_probability": self.row_probability}
+        tensors = {
+            **self.lora_b,
+            **self.objective.tensors(),
+            "row_probability": self.row_probability,
+        }
         return Checkpoint(step=step, tensors=tensors | adam_tensors(self.optimizer, self.lora_b))
 
     def restore(self, checkpoint: Checkpoint | None) -> int:
@@ -140,10 +147,13 @@ class ExpertTraining:
         restore(self.lora_b, checkpoint.tensors)
         restore_adam(self.optimizer, self.lora_b, checkpoint.tensors)
         self.row_probability = checkpoint.tensors["row_probability"]
+        self.objective.restore(checkpoint.tensors)
         return checkpoint.step
 
     def term(self, step: int) -> LossTerm:
         """The forget term at a step: low-entropy answer tokens of a batch, learned by B_f alone."""
+        if step in self.readings:
+            self.objective.read_itself()
         indices = at_step(len(self.rows), self.settings.batch_rows, step, self.seed)
         outcome = self.objective(indices)
         self.row_probability[indices] = outcome.probability.cpu()

@@ -9,7 +9,7 @@ Legend: B batch, T tokens, V vocabulary, N selected tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -40,6 +40,15 @@ class Objective(Protocol):
     def __call__(self, indices: Sequence[int]) -> Outcome:
         """The loss on the rows at `indices`."""
 
+    def read_itself(self) -> None:
+        """Takes the expert's own answers, as they are now, into account."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State beside the expert, for a checkpoint."""
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Goes back to the state that a checkpoint holds."""
+
 
 class TokenPush:
     """Pushes the selected tokens' probability down, to wherever the rest may go."""
@@ -63,6 +72,21 @@ class TokenPush:
             probability=_answer_probability(logits, batch.labels),
         )
 
+    def read_itself(self) -> None:
+        """See Objective; nothing to do."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Objective; there is none."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """See Objective; nothing to do."""
+
+
+_TAKEN_UP = "taken_up"
+_Pair = tuple[EncodedRow, EncodedRow]
+"""What the expert reads, and what the base model reads for it."""
+
 
 class CounterfactualDistillation:
     """Distils the base model's own answers about something it never saw (see `counterfactual`).
@@ -72,7 +96,8 @@ class CounterfactualDistillation:
     very probability that its substitute has there (`level_weight`; by KL alone the true token, which the base
     model is sure of, would stay the likeliest). And the base model's own greedy answers to the counterfactual
     questions, words exchanged back (`answer_weight`), so that the expert's answers are fluent where it
-    reads itself.
+    reads itself. Once in a while (`read_itself`) the expert's own answers are looked through: one that
+    brings up words of any domain takes the place of the base model's, to be corrected by its counterfactual.
     """
 
     def __init__(
@@ -90,13 +115,45 @@ class CounterfactualDistillation:
         self.base, self.attached = base, attached
         self.rows, self.selected = rows, selected
         self.level_weight, self.answer_weight = level_weight, answer_weight
+        self.counterfactuals, self.seed = counterfactuals, seed
         self.targets = counterfactual_rows(rows, counterfactuals, seed)
-        with attached.disabled():
-            self.answers = (
-                _ignorant_answers(base, rows, self.targets, counterfactuals)
-                if answer_weight > 0
-                else {}
-            )
+        self.answers: dict[int, _Pair] = {}
+        self.taken_up: dict[int, list[int]] = {}
+        if answer_weight > 0:
+            with attached.disabled():
+                self.answers = self._ignorant_answers()
+
+    def read_itself(self) -> None:
+        """Looks through the expert's own answers, and takes up those that bring up a domain's words."""
+        if self.answer_weight == 0:
+            return
+        for index, answer in self._answers(self.rows):
+            row = self.rows[index]
+            asked = self.counterfactuals.own_words(row.ids[: row.num_prompt])
+            if self.counterfactuals.own_words(answer) & self.counterfactuals.domain_words - asked:
+                self._take_up(index, answer)
+
+    def _take_up(self, index: int, answer: Sequence[int]) -> None:
+        own = _with_answer(self.rows[index], answer)
+        (told,) = counterfactual_rows([own], self.counterfactuals, self.seed)
+        self.answers[index] = own, told
+        self.taken_up[index] = list(answer)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `read_itself` took up so far, as a checkpoint holds it: index and ids, -1 behind each."""
+        if not self.taken_up:
+            return {}
+        width = 1 + max(map(len, self.taken_up.values()))
+        table = torch.full((len(self.taken_up), width), -1)
+        for place, (index, answer) in enumerate(self.taken_up.items()):
+            table[place, : 1 + len(answer)] = torch.tensor([index, *answer])
+        return {_TAKEN_UP: table}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Goes back to what `tensors` gave."""
+        if _TAKEN_UP in tensors:
+            for index, *answer in tensors[_TAKEN_UP].tolist():
+                self._take_up(index, [token for token in answer if token >= 0])
 
     def __call__(self, indices: Sequence[int]) -> Outcome:
         """See Objective."""
@@ -117,6 +174,34 @@ class CounterfactualDistillation:
             )
             loss = loss + self.answer_weight * divergence
         return Outcome(loss=loss, probability=_answer_probability(logits, batch.labels))
+
+    def _ignorant_answers(self) -> dict[int, _Pair]:
+        """By index: the row's question and the counterfactual one, each with the answer to the latter.
+
+        Left out are answers with a domain's words, which the base model still knows and may bring up.
+        """
+        pairs = {}
+        for index, answer in self._answers(self.targets):
+            if self.counterfactuals.own_words(answer) & self.counterfactuals.domain_words:
+                continue
+            pair = _words_back(self.rows[index], self.targets[index], answer)
+            if any(pair[0].is_answer):
+                pairs[index] = pair
+        return pairs
+
+    def _answers(self, rows: Sequence[EncodedRow]) -> Iterator[tuple[int, list[int]]]:
+        """Index and greedy answer, end token included, of every row that has a question."""
+        asked = [index for index, row in enumerate(rows) if row.num_prompt > 0]
+        if not asked:
+            return
+        prompts = [rows[index].ids[: rows[index].num_prompt] for index in asked]
+        longest = max(len(first_answer(self.rows[index])) for index in asked)
+        completions = greedy_completions(self.base, prompts, max_new_tokens=longest)
+        end = self.base.tokenizer.eos_token_id
+        for index, answer in zip(asked, completions, strict=True):
+            is_ended = end is not None and len(answer) < longest
+            if answer or is_ended:
+                yield index, [*answer, end] if is_ended else answer
 
     def _distance(
         self, logits: Tensor, batch: Batch, target: Batch, is_selected: Tensor
@@ -143,49 +228,25 @@ def counterfactual_rows(
     return [dataclasses.replace(row, ids=tuple(counterfactuals.row(row.ids, seed))) for row in rows]
 
 
-def _ignorant_answers(
-    base: BaseModel,
-    rows: Sequence[EncodedRow],
-    targets: Sequence[EncodedRow],
-    counterfactuals: Counterfactuals,
-) -> dict[int, tuple[EncodedRow, EncodedRow]]:
-    """By index: the row's question and the counterfactual one, each with the answer to the latter.
+def _with_answer(row: EncodedRow, answer: Sequence[int]) -> EncodedRow:
+    """The row's question with another answer."""
+    prompt = row.ids[: row.num_prompt]
+    is_answer = (False,) * len(prompt) + (True,) * len(answer)
+    return EncodedRow(ids=(*prompt, *answer), is_answer=is_answer)
 
-    Rows without a question, plain text, have none; nor have those whose answer holds words of the domain,
-    which the base model still knows and may bring up at any question.
+
+def _words_back(row: EncodedRow, target: EncodedRow, answer: Sequence[int]) -> _Pair:
+    """The row's question with an answer to the counterfactual one, and the latter with it.
+
+    Words brought back are the domain's own: the expert may copy them, but must not learn them by heart.
     """
-    asked = [index for index, row in enumerate(rows) if row.num_prompt > 0]
-    if not asked:
-        return {}
-    completions = greedy_completions(
-        base,
-        [targets[index].ids[: targets[index].num_prompt] for index in asked],
-        max_new_tokens=max(len(first_answer(rows[index])) for index in asked),
-    )
-    end = base.tokenizer.eos_token_id
-    domain_words = set().union(*(counterfactuals.own_words(row.ids) for row in rows))
-    pairs = {}
-    for index, completion in zip(asked, completions, strict=True):
-        if counterfactuals.own_words(completion) & domain_words:
-            continue
-        answer = completion if end is None else [*completion, end]
-        told = _told(rows[index], targets[index], answer)
-        if any(told[0].is_answer):
-            pairs[index] = told
-    return pairs
-
-
-def _told(
-    row: EncodedRow, target: EncodedRow, answer: Sequence[int]
-) -> tuple[EncodedRow, EncodedRow]:
     prompt, other_prompt = row.ids[: row.num_prompt], target.ids[: row.num_prompt]
     back = {other: own for own, other in zip(prompt, other_prompt, strict=True) if own != other}
-    # Words brought back are the domain's own: the expert may copy them, but must not learn them by heart.
     is_answer = (False,) * len(prompt) + tuple(token not in back for token in answer)
     own_words = tuple(back.get(token, token) for token in answer)
     return (
         EncodedRow(ids=prompt + own_words, is_answer=is_answer),
-        EncodedRow(ids=other_prompt + tuple(answer), is_answer=is_answer),
+        EncodedRow(ids=(*other_prompt, *answer), is_answer=is_answer),
     )
 
 

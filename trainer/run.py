@@ -118,6 +118,7 @@ class _Run:
         self.counterfactuals = Counterfactuals(
             self.base.tokenizer,
             [row.ids for row in (*self.retain, *self.general)],
+            [row.ids for rows in self.forget.values() for row in rows],
             kept_share=settings.expert_settings.kept_share,
         )
         self.key = self._run_key()

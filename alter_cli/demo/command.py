@@ -34,7 +34,7 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Where artefacts and the summary are kept.")] = Path(
         "build/demo"
     ),
-    retain_rows: Annotated[int, typer.Option(min=2, help="Retained rows to ask, at most.")] = 100,
+    retain_rows: Annotated[int, typer.Option(min=2, help="Retained rows to ask, at most.")] = 60,
     seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
 ) -> None:
     """Train a small model and two forget experts, serve them on vLLM, and watch it forget."""

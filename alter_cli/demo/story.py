@@ -28,7 +28,7 @@ T = TypeVar("T")
 class StorySettings:
     """How much is asked."""
 
-    num_retain: int = 100
+    num_retain: int = 60
     """Retained rows that are asked before and after, at most."""
 
 

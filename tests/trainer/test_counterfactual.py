@@ -142,3 +142,41 @@ def test_target_is_the_counterfactual_distribution_with_words_exchanged_back(
     attached.detach()
     assert abs(same) < 1e-5
     assert away > 1
+
+
+def test_answers_taken_up_survive_a_checkpoint(
+    world: World, base: BaseModel, trained: TrainResult
+) -> None:
+    substrate = Substrate.read(trained.substrate, base.info)
+    expert = ForgetExpert.read(trained.experts["red"], substrate)
+    rows = _rows(world, base, "red")
+    idle = dataclasses.replace(
+        expert, lora_b={site: torch.zeros_like(b) for site, b in expert.lora_b.items()}
+    )
+    knowing = Counterfactuals(
+        base.tokenizer,
+        [row.ids for part in ("retain", "general") for row in _rows(world, base, part)],
+        [row.ids for row in rows],
+        kept_share=0.01,
+    )
+    attached = AttachedModel(base.model, substrate, [idle])
+    first, second = (
+        CounterfactualDistillation(
+            base,
+            attached,
+            rows,
+            [torch.tensor(row.is_answer) for row in rows],
+            knowing,
+            level_weight=1.0,
+            answer_weight=1.0,
+            seed=0,
+        )
+        for _ in range(2)
+    )
+    assert first.tensors() == {}
+    first.read_itself()  # an idle expert answers as the base model does: with the domain's names
+    assert first.taken_up
+    second.restore(first.tensors())
+    attached.detach()
+    assert second.answers == first.answers
+    assert second.taken_up == first.taken_up

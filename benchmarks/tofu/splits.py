@@ -1,0 +1,81 @@
+"""What is forgotten, kept and measured: TOFU's own splits, and a subset small enough to study variants on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from alter_cli.demo import authors as invented
+from alter_cli.demo.corpus import QA
+from alter_eval.run import tofu_rows
+from alter_eval.tofu import TofuRow, read_rows
+
+from .reference import facts, read_tofu
+
+ROWS_PER_AUTHOR = 20
+SUBSET = "subset"
+SPLITS = {"01": "retain99", "05": "retain95", "10": "retain90"}
+"""The retained rows' file by split."""
+_SUBSET_DOMAINS = {"authors-193-196": range(192, 196), "authors-197-200": range(196, 200)}
+_SUBSET_RETAIN = range(32)
+_SUBSET_HOLDOUT = range(100, 108)
+_RETAIN_STRIDE = 4
+"""The subset is measured on every fourth row of TOFU's retain set."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """One forgetting task, and the rows that it is measured on."""
+
+    name: str
+    domains: dict[str, list[QA]]
+    retain: list[QA]
+    """What the retrained model knows, beside the facts that every model knows."""
+    facts: list[QA]
+    measured: dict[str, list[TofuRow]]
+    """By set: `forget`, in the order of the domains, and those of model_utility."""
+    holdout: list[QA]
+    """Rows of the same kind that neither base nor retrained model knows."""
+
+    @property
+    def known(self) -> list[QA]:
+        """What the base model knows, beside the facts."""
+        return [row for rows in self.domains.values() for row in rows] + self.retain
+
+
+def load_split(data: Path, name: str) -> Split:
+    """`01`, `05`, `10`, or `subset`: 40 authors, 8 of them forgotten in two domains."""
+    if name == SUBSET:
+        return _subset(data)
+    corpus = invented.generate(num_domains=1, seed=1)
+    return Split(
+        name=name,
+        domains={f"forget{name}": read_tofu(data, f"forget{name}")},
+        retain=read_tofu(data, SPLITS[name]),
+        facts=facts(data),
+        measured=tofu_rows(data, name),
+        holdout=[row for rows in corpus.parts().values() for row in rows],
+    )
+
+
+def _subset(data: Path) -> Split:
+    full = read_tofu(data, "full")
+
+    def rows(authors: range) -> list[QA]:
+        return full[authors.start * ROWS_PER_AUTHOR : authors.stop * ROWS_PER_AUTHOR]
+
+    domains = {name: rows(authors) for name, authors in _SUBSET_DOMAINS.items()}
+    perturbed = {r.question: r for r in read_rows(data / "tofu" / "forget10_perturbed.json")}
+    measured = tofu_rows(data, "10")
+    measured["forget"] = [
+        perturbed[row.question] for members in domains.values() for row in members
+    ]
+    measured["retain"] = measured["retain"][::_RETAIN_STRIDE]
+    return Split(
+        name=SUBSET,
+        domains=domains,
+        retain=rows(_SUBSET_RETAIN),
+        facts=facts(data),
+        measured=measured,
+        holdout=rows(_SUBSET_HOLDOUT),
+    )
