@@ -26,6 +26,9 @@ format: setup ## Rewrite the sources in the house format
 bench: setup ## Measure serving cost
 	$(BIN)/python -m benchmarks.serving
 
+bench-%-quick: setup ## A short version of a benchmark, written to build/ (bench-tofu-quick)
+	$(BIN)/python -m benchmarks.$(subst -,_,$*) --quick
+
 bench-%: setup ## Any one benchmark, for example bench-parity
 	$(BIN)/python -m benchmarks.$(subst -,_,$*)
 

@@ -59,7 +59,10 @@ def evaluate(
         for done, (name, members) in enumerate(rows.items(), start=1):
             path = out / f"{name}.json"
             if not path.exists():
-                log = tofu.evaluate_set(model, members, judge if name == "forget" else None)
+                others = (row for other in rows if other != name for row in rows[other])
+                log = tofu.evaluate_set(
+                    model, members, judge if name == "forget" else None, tofu.words_of(others)
+                )
                 write_atomically(path, log.model_dump_json().encode() + b"\n")
             stage.step(done)
         if holdout and not (out / HOLDOUT_FILE).exists():

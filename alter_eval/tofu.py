@@ -10,7 +10,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
@@ -66,6 +67,8 @@ class RowLog(Schema):
     """Min-40 % of the answer: mean log probability of its least likely tokens."""
     wrong_min_k: float
     """The same of the first perturbed answer, which no model was trained on."""
+    leaked_words: int
+    """Words of the greedy answer that only this set's rows hold, not the question itself."""
     repetition_rate: float
     """Share of repeated word 3-grams in the greedy answer."""
     paraphrased_nll: float | None = None
@@ -152,9 +155,16 @@ def _parse(path: Path, number: int, line: bytes) -> TofuRow:
 
 
 def evaluate_set(
-    model: LanguageModel, rows: Sequence[TofuRow], judge: LanguageModel | None = None
+    model: LanguageModel,
+    rows: Sequence[TofuRow],
+    judge: LanguageModel | None = None,
+    common_words: Set[str] = frozenset(),
 ) -> SetLog:
-    """Runs a set of rows through a model. `judge`, the base model, rates the answers' fluency."""
+    """Runs a set of rows through a model.
+
+    `judge`, the base model, rates the answers' fluency; `common_words` stand in other text too, so that an
+    answer that holds them leaks nothing.
+    """
     answers = encode(model.tokenizer, rows)
     scores = model.score(answers)
     wrong_rows = _encode(
@@ -178,6 +188,7 @@ def evaluate_set(
         for ids in completions
     ]
     leaks = _paraphrased(model, rows)
+    own_words = words_of(rows) - common_words
     return SetLog(
         dataset=dataset_digest(rows),
         tokenizer=tokenizer_digest(model),
@@ -193,6 +204,9 @@ def evaluate_set(
                 exact_memorization=fmean(scores[index].is_argmax),
                 min_k=metrics.min_k(scores[index].logprobs, MIN_K_SHARE),
                 wrong_min_k=metrics.min_k(wrong[index][0].logprobs, MIN_K_SHARE),
+                leaked_words=len(
+                    (_words(" ".join(words[index])) & own_words) - _words(rows[index].question)
+                ),
                 repetition_rate=metrics.repetition_rate(words[index]),
                 paraphrased_nll=leaks[index][0] if index in leaks else None,
                 paraphrased_rouge_l=leaks[index][1] if index in leaks else None,
@@ -200,6 +214,15 @@ def evaluate_set(
             for index in range(len(rows))
         ],
     )
+
+
+def words_of(rows: Iterable[TofuRow]) -> set[str]:
+    """Words of questions and answers, lower case, of four letters and more."""
+    return {word for row in rows for word in _words(f"{row.question} {row.answer}")}
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W\d_]{4,}", text.lower()))
 
 
 def evaluate_holdout(model: LanguageModel, rows: Sequence[EncodedRow]) -> HoldoutLog:
@@ -321,6 +344,7 @@ def figures(found: ModelLogs, retrained: ModelLogs | None = None) -> dict[str, f
         "min_k_auc_perturbed": metrics.membership_auc(
             [row.min_k for row in forget.rows], [row.wrong_min_k for row in forget.rows]
         ),
+        "forget_word_leak": fmean(row.leaked_words > 0 for row in forget.rows),
         "repetition_rate": fmean(row.repetition_rate for row in forget.rows),
         "distinct_2": forget.distinct_2,
         "perplexity_under_base": forget.perplexity_under_base,

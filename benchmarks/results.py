@@ -25,8 +25,12 @@ def write_results(
     spread: Mapping[str, tuple[float, float]] | None = None,
     not_measured: Mapping[str, str] | None = None,
     notes: Mapping[str, Any] | None = None,
+    table: str | None = None,
 ) -> Path:
-    """Writes `NAME.json` and `NAME.md`. A figure that is None needs its reason in `not_measured`."""
+    """Writes `NAME.json` and `NAME.md`. A figure that is None needs its reason in `not_measured`.
+
+    `table`, in Markdown, stands on the page instead of one line a figure.
+    """
     missing = [k for k, v in figures.items() if v is None and k not in (not_measured or {})]
     if missing:
         raise ValueError(f"say why these were not measured: {', '.join(missing)}")
@@ -44,7 +48,7 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    (folder / f"{name}.md").write_text(_page(title, name, content), "utf-8")
+    (folder / f"{name}.md").write_text(_page(title, name, content, table), "utf-8")
     return path
 
 
@@ -85,17 +89,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _page(title: str, name: str, content: Mapping[str, Any]) -> str:
+def _page(title: str, name: str, content: Mapping[str, Any], table: str | None) -> str:
     lines = [f"# {title}", "", f"Drawn from [`{name}.json`]({name}.json).", ""]
-    lines += ["| figure | value | lowest | highest |", "|---|---|---|---|"]
+    lines += [table] if table is not None else _figure_lines(content)
+    lines += ["", f"- command: `{content['command']}`", f"- seed: {content['seed']}"]
+    lines += [f"- {key}: {value}" for key, value in content["notes"].items()]
+    lines += [f"- hardware: {content['hardware']}", f"- versions: {content['versions']}"]
+    lines += [f"- measured at: {content['measured_at']}", ""]
+    return "\n".join(lines)
+
+
+def _figure_lines(content: Mapping[str, Any]) -> list[str]:
+    lines = ["| figure | value | lowest | highest |", "|---|---|---|---|"]
     for figure, value in content["figures"].items():
         low, high = content["spread"].get(figure, ("", ""))
         shown = (
             f"not measured: {content['not_measured'][figure]}" if value is None else f"{value:g}"
         )
         lines.append(f"| `{figure}` | {shown} | {low} | {high} |")
-    lines += ["", f"- command: `{content['command']}`", f"- seed: {content['seed']}"]
-    lines += [f"- {key}: {value}" for key, value in content["notes"].items()]
-    lines += [f"- hardware: {content['hardware']}", f"- versions: {content['versions']}"]
-    lines += [f"- measured at: {content['measured_at']}", ""]
-    return "\n".join(lines)
+    return lines

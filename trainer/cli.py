@@ -170,7 +170,7 @@ def train_command(
     ] = _SUBSTRATE.joint_steps,
     rank: Annotated[int | None, _method("r of A and B.", _CONFIG.rank)] = None,
     lora_alpha: Annotated[
-        float | None, _method("The delta is scaled by it over r.", _CONFIG.lora_alpha)
+        float | None, _method("The delta is scaled by it over r.", "twice the rank")
     ] = None,
     tap_layer: Annotated[
         int | None, _method("First adapted layer.", "a third of the depth")

@@ -177,6 +177,8 @@ class _Run:
             "tap_layer": default_tap_layer(self.base.info.num_layers),
             **self.settings.alter,
         }
+        if "rank" in overrides:
+            overrides.setdefault("lora_alpha", 2.0 * overrides["rank"])
         return AlterConfig(**overrides)
 
     def _domains(self, encoded: Mapping[str, list[EncodedRow]]) -> dict[str, list[EncodedRow]]:

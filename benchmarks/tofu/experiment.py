@@ -108,13 +108,20 @@ class Bench:
         )
 
     def _measure(self, model: LanguageModel, judge: LanguageModel | None) -> tofu.ModelLogs:
+        common = _text_words([*self.split.retain, *self.split.facts])
         return tofu.ModelLogs(
             sets={
-                name: tofu.evaluate_set(model, rows, judge if name == "forget" else None)
+                name: tofu.evaluate_set(model, rows, judge if name == "forget" else None, common)
                 for name, rows in self.split.measured.items()
             },
             holdout=tofu.evaluate_holdout(model, _encoded(model, self.split.holdout)),
         )
+
+
+def _text_words(rows: list[QA]) -> set[str]:
+    return tofu.words_of(
+        tofu.TofuRow(question=row.question, answer=row.answer, perturbed_answers=()) for row in rows
+    )
 
 
 def _encoded(model: LanguageModel, rows: list[QA]) -> list[EncodedRow]:

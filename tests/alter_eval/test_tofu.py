@@ -241,3 +241,23 @@ def test_a_judge_is_asked_about_the_greedy_answers_alone(exact_base: BaseModel) 
     values = [value for score in scores for value in score.logprobs[:-1]]
     assert [row.rouge_l for row in log.rows] == [1.0] * 4
     assert log.perplexity_under_base == pytest.approx(math.exp(-sum(values) / len(values)))
+
+
+def test_words_of_the_forgotten_rows_are_counted_unless_other_text_holds_them(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tofu, "_MAX_NEW_TOKENS", 24)
+    rows = rows_of_set("forget", 4)
+    model = TransformersModel(base)
+    assert any(row.leaked_words for row in tofu.evaluate_set(model, rows).rows)
+    common = tofu.words_of(rows)
+    assert not any(
+        row.leaked_words for row in tofu.evaluate_set(model, rows, common_words=common).rows
+    )
+
+
+def test_words_of_four_letters_and_more_count() -> None:
+    row = tofu.TofuRow(
+        question="Who is Zoë Brand?", answer="Zoë-Marie O'Neill, 1985", perturbed_answers=()
+    )
+    assert tofu.words_of([row]) == {"brand", "marie", "neill"}

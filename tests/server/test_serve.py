@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -12,11 +13,17 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from openai import OpenAI
 
 from alter_cli.demo.server_process import RunningServer, serve
 from alter_cli.demo.tokenizer import train_tokenizer
+from alter_core import ForgetExpert, Substrate
+from alter_core.attach import AttachedModel
+from alter_eval.models import ServedModel, TransformersModel
 from tests.support.tiny import VOCAB_SIZE, TinyBundles, make_bundles
+from trainer.base_model import load_base_model
+from trainer.dataset import EncodedRow
 
 QUESTION = "the quick brown fox jumps over the lazy dog and the five boxing wizards jump quickly"
 TEXT = [QUESTION, "pack my box with five dozen liquor jugs", "how vexingly quick daft zebras jump"]
@@ -85,6 +92,40 @@ def test_domain_given_at_start_is_active_before_the_first_request(
     assert status["epoch"] == 1
     assert status["canary"]["num_sites"] == 8
     assert httpx.get(f"{server.url}/v1/models").headers["x-alter-epoch"] == "1"
+
+
+def test_evaluation_through_the_server_agrees_with_the_reference(
+    server: RunningServer, bundles: TinyBundles
+) -> None:
+    base = load_base_model(bundles.model, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        EncodedRow(
+            ids=tuple(torch.randint(4, VOCAB_SIZE, (24,), generator=generator).tolist()),
+            is_answer=(False,) * 8 + (True,) * 16,
+        )
+        for _ in range(6)
+    ]
+    with contextlib.closing(ServedModel(server.url, "demo", base.tokenizer)) as served:
+        found = served.score(rows)
+    substrate = Substrate.read(bundles.substrate, base.info)
+    expert = ForgetExpert.read(bundles.experts["domain-0"], substrate)
+    unhooked = TransformersModel(base).score(rows)
+    attached = AttachedModel(base.model, substrate, [expert])
+    expected = TransformersModel(base).score(rows)
+    attached.detach()
+    ours, theirs, without = (
+        torch.tensor([score.logprobs for score in scores]) for scores in (found, expected, unhooked)
+    )
+    noise = (ours - theirs).abs().mean()
+    assert noise < 0.1
+    assert (ours - without).abs().mean() > 5 * noise
+    hits = [
+        a == b
+        for f, e in zip(found, expected, strict=True)
+        for a, b in zip(f.is_argmax, e.is_argmax, strict=True)
+    ]
+    assert sum(hits) >= 0.95 * len(hits)
 
 
 def test_activation_inside_a_stream_marks_the_place_and_revocation_restores_the_answer(

@@ -158,7 +158,7 @@ def make_bundles(
     """A saved model, substrate and experts named `domain-0`, `domain-1`, ..."""
     model = save_model(folder / "model", architecture, **model_overrides)
     substrate = random_substrate(
-        model, config or AlterConfig(tap_layer=1, rank=8, evidence_window=16)
+        model, config or AlterConfig(tap_layer=1, rank=8, lora_alpha=16.0, evidence_window=16)
     )
     substrate = substrate.write(folder / "substrate", name="tiny", training=PROVENANCE)
     experts = {}

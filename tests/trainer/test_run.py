@@ -313,7 +313,8 @@ def test_command_line_trains_and_names_what_it_made(world: World, tmp_path: Path
     assert result.exit_code == 0, result.output
     assert f"red\t{out / 'red'}" in result.stdout
     config = read_manifest(out / "substrate").config
-    assert (config.rank, config.target_modules) == (4, ("qkv", "down"))
+    assert (config.rank, config.lora_alpha) == (4, 8)
+    assert config.target_modules == ("qkv", "down")
     write_jsonl(tmp_path / "bad.jsonl", [])
     wrong = CliRunner().invoke(app, [str(world.model), *map(str, arguments), "--forget", "blue"])
     assert isinstance(wrong.exception, ConfigError)

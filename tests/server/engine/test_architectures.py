@@ -25,7 +25,11 @@ def bundles_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny
     def build(architecture: str) -> TinyBundles:
         if architecture not in made:
             config = AlterConfig(
-                tap_layer=1, rank=8, evidence_window=16, retain_expert=_retain(architecture)
+                tap_layer=1,
+                rank=8,
+                lora_alpha=16.0,
+                evidence_window=16,
+                retain_expert=_retain(architecture),
             )
             made[architecture] = make_bundles(
                 tmp_path_factory.mktemp(architecture), architecture, config=config
