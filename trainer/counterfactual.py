@@ -142,11 +142,14 @@ class _TokenShapes:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         special = set(tokenizer.all_special_ids)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        self._tokenizer = tokenizer
+        self._texts: dict[Word, str] = {}
         self._spaced = [token.startswith(_SPACES) for token in tokens]
-        self._bodies = [token.lstrip("".join(_SPACES)) for token in tokens]
+        bodies = [token.lstrip("".join(_SPACES)) for token in tokens]
+        # Bytes of other scripts show as letters, or as signs beyond ASCII.
         self._is_word = [
             index not in special and bool(body) and all(c.isalnum() or ord(c) > 127 for c in body)
-            for index, body in enumerate(self._bodies)
+            for index, body in enumerate(bodies)
         ]
         if not any(self._spaced):  # no token says where a word begins, so each is taken for one
             self._spaced = [True] * len(tokens)
@@ -167,7 +170,10 @@ class _TokenShapes:
         return places
 
     def text(self, ids: Sequence[int], start: int, stop: int) -> str:
-        return "".join(self._bodies[token] for token in ids[start:stop])
+        word = tuple(ids[start:stop])
+        if word not in self._texts:
+            self._texts[word] = str(self._tokenizer.decode(word)).strip()
+        return self._texts[word]
 
     def starts_with_space(self, token: int) -> bool:
         return self._spaced[token]

@@ -90,6 +90,14 @@ def test_tokens_that_mark_no_spaces_are_words_of_their_own() -> None:
     assert other[1] == other[4] != ids[1]
 
 
+def test_words_beyond_ascii_are_drawn_as_they_are_written(base: BaseModel) -> None:
+    names = ["Ážů", "Éžů", "Ížů", "Óžů", "Úžů", "Ýžů", "Čžů"]
+    texts = [base.tokenizer(f"the book by {name}")["input_ids"] for name in names]
+    found = Counterfactuals(base.tokenizer, texts, kept_share=0.9)
+    ids = base.tokenizer("the book by Šžů")["input_ids"]
+    assert base.tokenizer.decode(found.row(ids, seed=0)) in {f"the book by {n}" for n in names}
+
+
 def test_text_without_words_to_draw_from_is_refused(base: BaseModel) -> None:
     with pytest.raises(TrainingError, match="too little other text"):
         Counterfactuals(base.tokenizer, [], kept_share=0.01)
