@@ -38,7 +38,7 @@ def main() -> None:
     """Measures and writes `parity.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    parser.add_argument("--artefacts", type=Path, default=Path("build/demo"))
+    parser.add_argument("--artefacts", type=Path, default=Path("build/demo-tofu"))
     parser.add_argument("--dataset", type=Dataset, default=Dataset.TOFU)
     parser.add_argument("--rows", type=int, default=200)
     options = parser.parse_args()
