@@ -176,7 +176,7 @@ def small_substrate(**settings: Any) -> Substrate:
         rank=2,
         evidence_ngram=3,
         evidence_units=5,
-        **settings,
+        **({"lora_alpha": 16.0} | settings),
     )
     estimator = EntropyEstimator(BASE_MODEL.hidden_size).requires_grad_(False)
     for index, parameter in enumerate(estimator.parameters()):
