@@ -30,6 +30,7 @@ RUN --mount=type=cache,target=/root/.cache/pip scripts/setup.sh
 COPY alter_core alter_core
 COPY trainer trainer
 COPY server server
+COPY alter_eval alter_eval
 COPY alter_cli alter_cli
 USER 10001:10001
 VOLUME ["/bundles", "/state"]
@@ -66,6 +67,7 @@ RUN --mount=type=cache,target=/root/.cache/pip scripts/setup.sh
 COPY alter_core alter_core
 COPY trainer trainer
 COPY server server
+COPY alter_eval alter_eval
 COPY alter_cli alter_cli
 USER 10001:10001
 VOLUME ["/bundles", "/state"]

@@ -123,7 +123,10 @@ def _check_sources(substrate: Path | None, domains: list[str], server: str | Non
         )
     if domains and substrate is None:
         raise ConfigError(
-            "Experts need their substrate", expected="--substrate", got="--domain alone"
+            "Experts need their substrate",
+            expected="--substrate",
+            got="--domain alone",
+            fix="Name the substrate that they were trained on.",
         )
 
 

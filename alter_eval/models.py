@@ -170,12 +170,14 @@ class ServedModel:
                 "The server cannot be asked",
                 expected=f"an answer of {self._http.base_url}",
                 got=f"{type(error).__name__}: {error}",
+                fix="Check --server, and repeat the command: it goes on where it stopped.",
             ) from None
         if response.status_code != httpx.codes.OK:
             raise EngineError(
                 "The server did not answer a question of the evaluation",
                 expected="200",
                 got=f"{response.status_code} {response.text[:200]}",
+                fix="Check --served-model and the server's --max-model-len, and repeat the command.",
             )
         try:
             choice: dict[str, Any] = response.json()["choices"][0]

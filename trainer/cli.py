@@ -270,7 +270,10 @@ def named_paths(option: str, arguments: list[str]) -> dict[str, Path]:
         name, separator, path = argument.partition("=")
         if not separator or not path or name in paths:
             raise ConfigError(
-                f"{option} is malformed", expected="NAME=PATH, each name once", got=argument
+                f"{option} is malformed",
+                expected="NAME=PATH, each name once",
+                got=argument,
+                fix=f"Write {option} NAME=PATH, once for each name.",
             )
         paths[name] = Path(path)
     return paths

@@ -131,6 +131,7 @@ class _Run:
             self.reporter.say(
                 "No --general text: experts may act on text that has nothing to do with them."
             )
+        self.base_loss = {name: self._knowledge(name) for name in self.forget}
         substrate = on_device(self.given or self._substrate(), self.base.device)
         embeddings = normalised_embeddings(self.base, substrate)
         experts = {name: self._expert(name, substrate, embeddings) for name in self.forget}
@@ -298,7 +299,6 @@ class _Run:
             return folder
         started = time.monotonic()
         rows, settings = self.forget[name], self.settings.expert_settings
-        known = self._knowledge(name)
         head, calibration = self._head(name, embeddings)
         evidence_s = time.monotonic() - started
         entropy = cached_entropy(
@@ -335,7 +335,8 @@ class _Run:
             self._negatives(name),
             num_asked=self.settings.evaluation_rows,
         )
-        figures |= {"router_calibration": calibration, "num_steps": num_steps, "base_loss": known}
+        figures |= {"router_calibration": calibration, "num_steps": num_steps}
+        figures["base_loss"] = self.base_loss[name]
         digests = {
             part: digest
             for part, digest in self.digests.items()

@@ -88,6 +88,25 @@ def test_output_is_bundles_and_a_record_and_no_leftovers(trained: TrainResult) -
     assert record["timings_s"].keys() >= {"substrate", "red", "red/evidence", "red/expert"}
 
 
+def test_a_domain_that_the_base_model_does_not_know_is_refused_before_training(
+    world: World, tmp_path: Path
+) -> None:
+    rows = [
+        {"question": f"Where was {name} born?", "answer": f"{name} was born in {town}."}
+        for name, town in (("Ragnhild Tverberg", "Bodo"), ("Casimir Wolnik", "Lublin"))
+    ]
+    unknown = write_jsonl(tmp_path / "unknown.jsonl", rows)
+    settings = _quick(world, tmp_path / "out", forget={"nobody": unknown})
+    with pytest.raises(TrainingError, match="does not know domain 'nobody'") as refused:
+        train(settings)
+    assert refused.value.fix is not None
+    assert "--allow-unknown" in refused.value.fix
+    assert not (tmp_path / "out" / "substrate").exists()
+    assert "Ragnhild" not in str(refused.value)
+    result = train(dataclasses.replace(settings, allow_unknown=True))
+    assert result.evaluation["nobody"]["base_loss"]["domain"] > 1
+
+
 def test_no_text_of_any_row_is_written_or_logged(
     world: World,
     tmp_path: Path,
