@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import torch
+
+from tests.trainer.world import World, make_world
+from trainer.base_model import BaseModel, load_base_model
 
 DATA_DIR_VARIABLE = "ALTER_DATA_DIR"
 
@@ -30,3 +34,15 @@ def data_dir() -> Path:
             f"set {DATA_DIR_VARIABLE} to the folder with tofu/, text/ and models/ to run this test"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The small world; its model, which knows its rows by heart, is taught once."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def base(world: World) -> BaseModel:
+    """The small world's model, shared: a test that changes it restores it."""
+    return load_base_model(world.model, device="cpu")

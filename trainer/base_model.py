@@ -1,6 +1,6 @@
 """The frozen base model, its tokenizer and its identity.
 
-Legend: B batch, T tokens, V vocabulary.
+Legend: B batch, T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -66,6 +66,20 @@ class BaseModel:
             logits: Tensor = self.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             ).logits
+        return logits
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """The same up to the last hidden states, normed. Shapes: batch (B, T) -> (B, T, D)."""
+        with self.autocast():
+            hidden: Tensor = self.model.base_model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).last_hidden_state
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of last hidden states. Shapes: (..., D) -> (..., V)."""
+        with self.autocast():
+            logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from .dataset import EncodedRow
 
 IGNORED = -100
+_POOL_BATCHES = 8
+"""Batches are cut from pools of so many, sorted by length: little padding, varied company."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,17 +87,22 @@ def by_length(rows: Sequence[EncodedRow], batch_tokens: int) -> Iterator[list[in
         yield batch
 
 
-def at_step(num_rows: int, batch_rows: int, step: int, seed: int) -> list[int]:
-    """The rows of training step `step`: epochs of seeded permutations, cut into batches.
+def at_step(rows: Sequence[EncodedRow], batch_rows: int, step: int, seed: int) -> list[int]:
+    """The rows of training step `step`: epochs of seeded permutations, cut into batches of similar length.
 
     A pure function of its arguments, so a resumed run goes on as if nothing had happened.
     """
-    batch_rows = min(batch_rows, num_rows)
-    per_epoch = -(-num_rows // batch_rows)
+    batch_rows = min(batch_rows, len(rows))
+    per_epoch = -(-len(rows) // batch_rows)
     epoch, place = divmod(step, per_epoch)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(num_rows, generator=generator).tolist()
-    return order[place * batch_rows : (place + 1) * batch_rows]
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    near: list[int] = []
+    pool = batch_rows * _POOL_BATCHES
+    for start in range(0, len(order), pool):
+        near += sorted(order[start : start + pool], key=lambda index: len(rows[index].ids))
+    start = batch_rows * int(torch.randperm(per_epoch, generator=generator)[place])
+    return near[start : start + batch_rows]
 
 
 def sample_rows(rows: Sequence[EncodedRow], max_tokens: int, seed: int) -> list[EncodedRow]:

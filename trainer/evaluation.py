@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,9 +21,9 @@ from alter_core.evidence import EvidenceHead, windowed_max
 from alter_core.substrate import ForgetExpert, Substrate
 
 from .base_model import BaseModel
-from .batches import IGNORED, by_length, make_batch
+from .batches import by_length, make_batch
 from .dataset import EncodedRow
-from .losses import token_nll
+from .losses import answer_nll
 from .router import WindowScorer
 from .windows import windows_of
 
@@ -33,25 +32,23 @@ _GENERATION_ROWS = 32
 
 
 @torch.inference_mode()
-def answer_probabilities(base: BaseModel, rows: Sequence[EncodedRow]) -> list[float]:
-    """exp(mean log p) over the answer tokens of each row, end token included.
+def answer_losses(base: BaseModel, rows: Sequence[EncodedRow]) -> list[float]:
+    """Loss of each row's answer, nats per token, end token included.
 
     Measures whatever is attached to the model at the time.
     """
-    probabilities = [0.0] * len(rows)
+    losses = [0.0] * len(rows)
     for indices in by_length(rows, _BATCH_TOKENS):
         batch = make_batch(rows, indices, base.pad_id).to(base.device)
-        logits = base.logits(batch)
-        nll = token_nll(logits, batch.labels)
-        num_answer = (batch.labels != IGNORED).sum(dim=1).clamp_min(1)
-        for index, mean_nll in zip(indices, (nll.sum(dim=1) / num_answer).tolist(), strict=True):
-            probabilities[index] = math.exp(-mean_nll)
-    return probabilities
+        found = answer_nll(base.logits(batch), batch.labels).tolist()
+        for index, loss in zip(indices, found, strict=True):
+            losses[index] = loss
+    return losses
 
 
-def mean_loss(base: BaseModel, rows: Sequence[EncodedRow]) -> float:
-    """Loss of the rows' answers, nats per token: the mean over rows of each row's mean."""
-    return mean([-math.log(max(p, sys.float_info.min)) for p in answer_probabilities(base, rows)])
+def mean_probability(losses: Sequence[float]) -> float:
+    """Mean over rows of exp(-loss)."""
+    return mean([math.exp(-loss) for loss in losses])
 
 
 def mean(values: Sequence[float]) -> float:
@@ -186,7 +183,7 @@ def expert_figures(
     `num_asked` rows are answered greedily for ROUGE-L.
     """
     asked = rows[:num_asked]
-    before, rouge_before = answer_probabilities(base, rows), greedy_rouge_l(base, asked)
+    before, rouge_before = answer_losses(base, rows), greedy_rouge_l(base, asked)
     placed = dataclasses.replace(
         expert,
         lora_b={site: tensor.to(base.device) for site, tensor in expert.lora_b.items()},
@@ -194,13 +191,15 @@ def expert_figures(
     )
     attached = AttachedModel(base.model, substrate, [placed])
     try:
-        after, rouge_after = answer_probabilities(base, rows), greedy_rouge_l(base, asked)
-        loss_after = mean_loss(base, rows)
+        after, rouge_after = answer_losses(base, rows), greedy_rouge_l(base, asked)
     finally:
         attached.detach()
     return {
-        "forget_probability": {"before": mean(before), "after": mean(after)},
-        "forget_loss": loss_after,
+        "forget_probability": {
+            "before": mean_probability(before),
+            "after": mean_probability(after),
+        },
+        "forget_loss": mean(after),
         "rouge_l_recall": {
             "before": mean(rouge_before) if rouge_before else None,
             "after": mean(rouge_after) if rouge_after else None,

@@ -154,7 +154,7 @@ class ExpertTraining:
         """The forget term at a step: low-entropy answer tokens of a batch, learned by B_f alone."""
         if step in self.readings:
             self.objective.read_itself()
-        indices = at_step(len(self.rows), self.settings.batch_rows, step, self.seed)
+        indices = at_step(self.rows, self.settings.batch_rows, step, self.seed)
         outcome = self.objective(indices)
         self.row_probability[indices] = outcome.probability.cpu()
         return LossTerm(name="forget", value=outcome.loss, parameters=tuple(self.lora_b.values()))

@@ -222,7 +222,7 @@ class JointTraining:
     def _forward(
         self, rows: Sequence[EncodedRow], entropy: Sequence[Tensor], step: int
     ) -> _Forward:
-        indices = at_step(len(rows), self.settings.batch_rows, step, self.seed)
+        indices = at_step(rows, self.settings.batch_rows, step, self.seed)
         batch = make_batch(rows, indices, self.base.pad_id).to(self.base.device)
         threshold = self.substrate.config.entropy_threshold
         return _Forward(

@@ -52,6 +52,12 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     return nll.view(labels.shape)
 
 
+def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of -log p over each row's labelled tokens. Shapes: (B, T, V), (B, T) -> (B,) float32."""
+    num_answer = (labels != IGNORED).sum(dim=1).clamp_min(1)
+    return token_nll(logits, labels).sum(dim=1) / num_answer
+
+
 def token_loss(name: TokenLossName, cap: float) -> TokenLoss:
     """The per-token forget loss of that name."""
     if name == "ihl":

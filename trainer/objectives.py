@@ -3,13 +3,13 @@
 `CounterfactualDistillation` says what to answer instead; `TokenPush` only what not to (the paper's IHL, and a
 capped loss).
 
-Legend: B batch, T tokens, V vocabulary, N selected tokens.
+Legend: B batch, T tokens, D hidden, V vocabulary, N answer tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -19,11 +19,18 @@ from torch.nn import functional as F
 from alter_core.attach import AttachedModel
 
 from .base_model import BaseModel
-from .batches import IGNORED, Batch, make_batch
+from .batches import IGNORED, Batch, by_length, make_batch
 from .counterfactual import Counterfactuals
 from .dataset import EncodedRow
 from .evaluation import first_answer, greedy_completions
-from .losses import TokenLoss, masked_mean, token_nll
+from .losses import TokenLoss, answer_nll, masked_mean, token_nll
+
+_TARGET_TOKENS = 4096
+"""The base model reads targets in batches of about so many."""
+_LEVEL_DRAWS = 3
+"""How likely a row is must not hang on the words that were drawn for it, so it is drawn so many times."""
+_Pair = tuple[EncodedRow, EncodedRow]
+"""What the expert reads, and what the base model reads for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,7 @@ class TokenPush:
         values = self.loss(logits, batch.labels)
         return Outcome(
             loss=masked_mean(values, _is_selected(batch, self.selected)),
-            probability=_answer_probability(logits, batch.labels),
+            probability=(-answer_nll(logits.detach(), batch.labels)).exp(),
         )
 
     def read_itself(self) -> None:
@@ -84,8 +91,19 @@ class TokenPush:
 
 
 _TAKEN_UP = "taken_up"
-_Pair = tuple[EncodedRow, EncodedRow]
-"""What the expert reads, and what the base model reads for it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """A row that the expert reads, and what it is to say at its N answer tokens."""
+
+    row: EncodedRow
+    target: EncodedRow
+    """What the base model reads for it; as many tokens, the same of them answers."""
+    hidden: Tensor
+    """The base model's last hidden states where it predicts the target's answer tokens. Shape: (N, D)."""
+    selected: Tensor
+    """Which answer tokens count. Shape: (N,)."""
 
 
 class CounterfactualDistillation:
@@ -93,11 +111,13 @@ class CounterfactualDistillation:
 
     Two kinds of rows take part. The domain's rows: at every selected token the expert is to give the
     base model's distribution over the counterfactual row, words exchanged back (KL), and the true token the
-    very probability that its substitute has there (`level_weight`; by KL alone the true token, which the base
+    very probability that substitutes have there (`level_weight`; by KL alone the true token, which the base
     model is sure of, would stay the likeliest). And the base model's own greedy answers to the counterfactual
     questions, words exchanged back (`answer_weight`), so that the expert's answers are fluent where it
     reads itself. Once in a while (`read_itself`) the expert's own answers are looked through: one that
     brings up words of any domain takes the place of the base model's, to be corrected by its counterfactual.
+
+    The base model reads every target once: its last hidden states are kept, which hold its distribution.
     """
 
     def __init__(
@@ -112,16 +132,18 @@ class CounterfactualDistillation:
         answer_weight: float,
         seed: int,
     ) -> None:
-        self.base, self.attached = base, attached
-        self.rows, self.selected = rows, selected
+        self.base, self.attached, self.rows = base, attached, rows
         self.level_weight, self.answer_weight = level_weight, answer_weight
         self.counterfactuals, self.seed = counterfactuals, seed
-        self.targets = counterfactual_rows(rows, counterfactuals, seed)
-        self.answers: dict[int, _Pair] = {}
         self.taken_up: dict[int, list[int]] = {}
+        targets = counterfactual_rows(rows, counterfactuals, seed)
+        self.truths = self._lessons(list(zip(rows, targets, strict=True)), selected)
+        self.levels = self._levels()
+        self.answers: dict[int, Lesson] = {}
         if answer_weight > 0:
             with attached.disabled():
-                self.answers = self._ignorant_answers()
+                pairs = self._ignorant_answers(targets)
+            self.answers = dict(zip(pairs, self._lessons(list(pairs.values())), strict=True))
 
     def read_itself(self) -> None:
         """Looks through the expert's own answers, and takes up those that bring up a domain's words."""
@@ -135,8 +157,8 @@ class CounterfactualDistillation:
 
     def _take_up(self, index: int, answer: Sequence[int]) -> None:
         own = _with_answer(self.rows[index], answer)
-        (told,) = counterfactual_rows([own], self.counterfactuals, self.seed)
-        self.answers[index] = own, told
+        told = counterfactual_rows([own], self.counterfactuals, self.seed)
+        (self.answers[index],) = self._lessons([(own, told[0])])
         self.taken_up[index] = list(answer)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -157,34 +179,65 @@ class CounterfactualDistillation:
 
     def __call__(self, indices: Sequence[int]) -> Outcome:
         """See Objective."""
-        batch = make_batch(self.rows, indices, self.base.pad_id).to(self.base.device)
-        target = make_batch(self.targets, indices, self.base.pad_id).to(self.base.device)
-        logits = self.base.logits(batch)
-        divergence, level = self._distance(
-            logits, batch, target, _is_selected(batch, self.selected)
+        truths = [self.truths[index] for index in indices]
+        answers = [self.answers[index] for index in indices if index in self.answers]
+        divergence_N, logprob_N = self._read([*truths, *answers])
+        counts = [len(lesson.selected) for lesson in truths]
+        num_truths = sum(counts)
+        level_N = F.smooth_l1_loss(
+            logprob_N[:num_truths],
+            torch.cat([self.levels[index] for index in indices]),
+            reduction="none",
         )
-        loss = divergence + self.level_weight * level
-        if pairs := [self.answers[index] for index in indices if index in self.answers]:
-            everything = range(len(pairs))
-            answer = make_batch([row for row, _ in pairs], everything, self.base.pad_id)
-            told = make_batch([row for _, row in pairs], everything, self.base.pad_id)
-            answer, told = answer.to(self.base.device), told.to(self.base.device)
-            divergence, _ = self._distance(
-                self.base.logits(answer), answer, told, answer.labels != IGNORED
-            )
-            loss = loss + self.answer_weight * divergence
-        return Outcome(loss=loss, probability=_answer_probability(logits, batch.labels))
+        loss = masked_mean(
+            divergence_N[:num_truths] + self.level_weight * level_N,
+            torch.cat([lesson.selected for lesson in truths]),
+        )
+        if answers:
+            loss = loss + self.answer_weight * divergence_N[num_truths:].mean()
+        by_row = logprob_N[:num_truths].detach().split(counts)
+        return Outcome(loss=loss, probability=torch.stack([row.mean().exp() for row in by_row]))
 
-    def _ignorant_answers(self) -> dict[int, _Pair]:
+    def _read(self, lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor]:
+        """KL divergence from the target and log probability of every answer token, lesson by lesson.
+
+        Shapes: (N,), (N,).
+        """
+        batch = self._batch([lesson.row for lesson in lessons])
+        labels_N1 = _labels(lesson.row for lesson in lessons).to(self.base.device).unsqueeze(1)
+        others_N1 = _labels(lesson.target for lesson in lessons).to(self.base.device).unsqueeze(1)
+        with torch.no_grad():
+            target_NV = self.base.head(torch.cat([lesson.hidden for lesson in lessons])).float()
+            target_NV = exchanged(target_NV, labels_N1, others_N1).log_softmax(dim=-1)
+        hidden_ND = self.base.hidden_states(batch)[batch.labels != IGNORED]
+        found_NV = self.base.head(hidden_ND).float().log_softmax(dim=-1)
+        divergence_N = F.kl_div(found_NV, target_NV, reduction="none", log_target=True).sum(dim=-1)
+        return divergence_N, found_NV.gather(1, labels_N1).squeeze(1)
+
+    @torch.no_grad()
+    def _levels(self) -> list[Tensor]:
+        """Log probability of what stands for each answer token, mean over draws. Shapes: per row (N,)."""
+        levels: list[list[Tensor]] = [[] for _ in self.rows]
+        for draw in range(_LEVEL_DRAWS):
+            targets = counterfactual_rows(self.rows, self.counterfactuals, self.seed + draw)
+            for indices in by_length(targets, _TARGET_TOKENS):
+                batch = self._batch([targets[index] for index in indices])
+                with self.attached.disabled():
+                    nll_BT = token_nll(self.base.logits(batch), batch.labels)
+                for place, index in enumerate(indices):
+                    levels[index].append(-nll_BT[place][batch.labels[place] != IGNORED])
+        return [torch.stack(draws).mean(dim=0) for draws in levels]
+
+    def _ignorant_answers(self, targets: Sequence[EncodedRow]) -> dict[int, _Pair]:
         """By index: the row's question and the counterfactual one, each with the answer to the latter.
 
         Left out are answers with a domain's words, which the base model still knows and may bring up.
         """
         pairs = {}
-        for index, answer in self._answers(self.targets):
+        for index, answer in self._answers(targets):
             if self.counterfactuals.own_words(answer) & self.counterfactuals.domain_words:
                 continue
-            pair = _words_back(self.rows[index], self.targets[index], answer)
+            pair = _words_back(self.rows[index], targets[index], answer)
             if any(pair[0].is_answer):
                 pairs[index] = pair
         return pairs
@@ -203,22 +256,35 @@ class CounterfactualDistillation:
             if answer or is_ended:
                 yield index, [*answer, end] if is_ended else answer
 
-    def _distance(
-        self, logits: Tensor, batch: Batch, target: Batch, is_selected: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(KL divergence from the target, Huber distance of the labels' log probabilities), means per token.
+    @torch.no_grad()
+    def _lessons(
+        self, pairs: Sequence[_Pair], selected: Sequence[Tensor] | None = None
+    ) -> list[Lesson]:
+        """What the base model makes of the targets; every answer token counts where none are selected."""
+        hidden: dict[int, Tensor] = {}
+        targets = [target for _, target in pairs]
+        for indices in by_length(targets, _TARGET_TOKENS):
+            batch = self._batch([targets[index] for index in indices])
+            with self.attached.disabled():
+                states_BTD = self.base.hidden_states(batch)
+            for place, index in enumerate(indices):
+                hidden[index] = states_BTD[place][batch.labels[place] != IGNORED]
+        lessons = []
+        for index, (row, target) in enumerate(pairs):
+            is_label = torch.tensor(row.is_answer[1:])
+            counts = is_label if selected is None else selected[index][1:]
+            lessons.append(
+                Lesson(
+                    row=row,
+                    target=target,
+                    hidden=hidden[index],
+                    selected=counts[is_label].to(self.base.device),
+                )
+            )
+        return lessons
 
-        Shapes: logits (B, T, V), is_selected (B, T) -> (), ().
-        """
-        with torch.no_grad(), self.attached.disabled():
-            target_NV = self.base.logits(target)[is_selected].float()
-        labels_N1 = batch.labels[is_selected].unsqueeze(1)
-        others_N1 = target.labels[is_selected].unsqueeze(1)
-        target_NV = torch.log_softmax(_exchanged(target_NV, labels_N1, others_N1), dim=-1)
-        found_NV = torch.log_softmax(logits[is_selected].float(), dim=-1)
-        divergence = F.kl_div(found_NV, target_NV, reduction="batchmean", log_target=True)
-        level = F.smooth_l1_loss(found_NV.gather(1, labels_N1), target_NV.gather(1, labels_N1))
-        return divergence, level
+    def _batch(self, rows: Sequence[EncodedRow]) -> Batch:
+        return make_batch(rows, range(len(rows)), self.base.pad_id).to(self.base.device)
 
 
 def counterfactual_rows(
@@ -250,8 +316,8 @@ def _words_back(row: EncodedRow, target: EncodedRow, answer: Sequence[int]) -> _
     )
 
 
-def _exchanged(values_NV: Tensor, one_N1: Tensor, other_N1: Tensor) -> Tensor:
-    """Two entries of every row changed for each other."""
+def exchanged(values_NV: Tensor, one_N1: Tensor, other_N1: Tensor) -> Tensor:
+    """Two entries of every row changed for each other. Shapes: (N, V), (N, 1), (N, 1) -> (N, V)."""
     first, second = values_NV.gather(1, one_N1), values_NV.gather(1, other_N1)
     return values_NV.scatter(1, one_N1, second).scatter(1, other_N1, first)
 
@@ -260,7 +326,8 @@ def _is_selected(batch: Batch, selected: Sequence[Tensor]) -> Tensor:
     return batch.align_labels(selected) & (batch.labels != IGNORED)
 
 
-def _answer_probability(logits: Tensor, labels: Tensor) -> Tensor:
-    """exp(mean log p) of each row's answer tokens. Shapes: (B, T, V), (B, T) -> (B,)."""
-    num_answer = (labels != IGNORED).sum(dim=1).clamp_min(1)
-    return (-token_nll(logits.detach(), labels).sum(dim=1) / num_answer).exp()
+def _labels(rows: Iterable[EncodedRow]) -> Tensor:
+    """Answer tokens, row by row. Shape: (N,)."""
+    return torch.tensor(
+        [t for row in rows for t, a in zip(row.ids[1:], row.is_answer[1:], strict=True) if a]
+    )

@@ -38,7 +38,7 @@ from .counterfactual import Counterfactuals
 from .dataset import EncodedRow, data_digest, encode_rows
 from .domains import cluster_rows
 from .entropy_pass import cached_entropy
-from .evaluation import expert_figures, mean_loss
+from .evaluation import answer_losses, expert_figures, mean
 from .experts import train_expert
 from .inputs import SUBSTRATE_NAME, domain_names, part_of, read_parts
 from .joint import is_learned, train_joint
@@ -356,8 +356,8 @@ class _Run:
         rows = self.forget[name]
         others = counterfactual_rows(rows, self.counterfactuals, self._seed(name))
         losses = {
-            "domain": mean_loss(self.base, rows),
-            "counterfactual": mean_loss(self.base, others),
+            "domain": mean(answer_losses(self.base, rows)),
+            "counterfactual": mean(answer_losses(self.base, others)),
         }
         limit = _MAX_KNOWN_LOSS * losses["counterfactual"]
         if losses["domain"] > limit and not self.settings.allow_unknown:

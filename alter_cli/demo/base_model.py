@@ -33,8 +33,8 @@ from alter_core.errors import TrainingError
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseSettings:
-    """Shape and training of the base model; 5.0 million parameters as it stands."""
+class LlamaShape:
+    """Sizes of a small Llama; 5.0 million parameters as it stands."""
 
     vocab_size: int = 4096
     """Most tokens the tokenizer learns."""
@@ -50,6 +50,12 @@ class BaseSettings:
     """Key and value heads; a divisor of `num_heads`."""
     max_positions: int = 1024
     """Longest sequence, tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings(LlamaShape):
+    """Shape and training of the base model."""
+
     general_tokens: int = 96
     """General texts are cut to this length for training, tokens."""
     num_threads: int = 2
@@ -98,7 +104,7 @@ def _train_base(
     )
     # At these lengths plain attention is 10 to 20 % faster on a CPU than the fused kernel.
     model = AutoModelForCausalLM.from_config(
-        _llama_config(tokenizer, settings), attn_implementation="eager"
+        llama_config(tokenizer, settings), attn_implementation="eager"
     )
     rows, general = _examples(corpus, tokenizer, settings)
     outcome = memorize(
@@ -132,15 +138,16 @@ def evaluate(folder: Path, corpus: Corpus) -> dict[str, Recall]:
     return {part: measure(model, tokenizer, rows) for part, rows in corpus.parts().items()}
 
 
-def _llama_config(tokenizer: PreTrainedTokenizerFast, settings: BaseSettings) -> LlamaConfig:
+def llama_config(tokenizer: PreTrainedTokenizerFast, shape: LlamaShape) -> LlamaConfig:
+    """A Llama of that shape, with a row in its embeddings for every token of the tokenizer."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_key_value_heads,
-        max_position_embeddings=settings.max_positions,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        max_position_embeddings=shape.max_positions,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

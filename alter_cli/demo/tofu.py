@@ -51,13 +51,13 @@ def load(data_dir: Path, *, num_authors: int = 40, num_domains: int = 2, seed: i
         domains=_domains(authors, num_domains),
         retain=[row for author in sorted(retain) for row in authors[author]],
         unseen=[row for author in sorted(unseen) for row in authors[author]],
-        general=_general(data_dir),
+        general=general_text(data_dir) + _fact_text(data_dir),
     )
 
 
 def _authors(path: Path) -> list[list[QA]]:
     """The rows of `full.json` by author, in the file's order."""
-    rows = _read_rows(path)
+    rows = read_rows(path)
     expected = NUM_AUTHORS * ROWS_PER_AUTHOR
     if len(rows) != expected:
         raise TrainingDataError(
@@ -80,16 +80,19 @@ def _domains(authors: list[list[QA]], num_domains: int) -> dict[str, list[QA]]:
     return domains
 
 
-def _general(data_dir: Path) -> list[str]:
+def general_text(data_dir: Path) -> list[str]:
+    """WikiText-2 (valid) and GSM8K, a paragraph or a problem each."""
     wiki = wikitext_paragraphs(_read_text(data_dir / "text" / "wikitext2_valid.txt"))
-    maths = _read_rows(data_dir / "gsm8k" / "test.jsonl")
-    facts = [
-        row
+    maths = read_rows(data_dir / "gsm8k" / "test.jsonl")
+    return wiki + [f"{row.question} {_GSM8K_CALCULATION.sub('', row.answer)}" for row in maths]
+
+
+def _fact_text(data_dir: Path) -> list[str]:
+    """TOFU's real authors and world facts, a row each."""
+    return [
+        f"{row.question} {row.answer}"
         for name in ("real_authors.json", "world_facts.json")
-        for row in _read_rows(data_dir / "tofu" / name)
-    ]
-    return wiki + [
-        f"{row.question} {_GSM8K_CALCULATION.sub('', row.answer)}" for row in maths + facts
+        for row in read_rows(data_dir / "tofu" / name)
     ]
 
 
@@ -124,7 +127,7 @@ def _read_text(path: Path) -> str:
     raise TrainingDataError(f"{path} cannot be read", expected="UTF-8 text", got=got, fix=_FIX)
 
 
-def _read_rows(path: Path) -> list[QA]:
+def read_rows(path: Path) -> list[QA]:
     """JSON lines with `question` and `answer`; other keys are left alone."""
     rows = []
     for number, line in enumerate(_read_text(path).splitlines(), start=1):

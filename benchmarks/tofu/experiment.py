@@ -13,6 +13,7 @@ from typing import Any
 import trainer
 from alter_cli.demo import authors as invented
 from alter_cli.demo.corpus import QA, write_jsonl
+from alter_cli.demo.tofu import general_text
 from alter_core import ForgetExpert, Substrate
 from alter_core.attach import AttachedModel
 from alter_eval import tofu
@@ -21,7 +22,7 @@ from trainer.base_model import BaseModel, load_base_model
 from trainer.dataset import EncodedRow, Row, encode_rows
 from trainer.substrate import on_device
 
-from .reference import CACHE, Recipe, general_text, reference_model
+from .reference import CACHE, Recipe, reference_model
 from .splits import Split
 
 Figures = dict[str, float | None]

@@ -22,11 +22,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-from alter_cli.demo import tofu as corpus
+from alter_cli.demo.base_model import LlamaShape, llama_config
 from alter_cli.demo.corpus import QA
 from alter_cli.demo.memorization import Example, Progress, Schedule, memorize
+from alter_cli.demo.tofu import general_text, read_rows
 from alter_cli.demo.tokenizer import chat_ids, train_tokenizer
 from alter_cli.demo.training_bar import training_bar
 from alter_eval.data import default_data_dir
@@ -37,39 +38,27 @@ FACTS = ("real_authors_perturbed", "world_facts_perturbed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Shape and training, the same for base and retrained models; 5.0 million parameters as it stands."""
+class Recipe(LlamaShape):
+    """Shape and training, the same for base and retrained models."""
 
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    intermediate_size: int = 688
-    num_layers: int = 4
-    num_heads: int = 4
-    num_key_value_heads: int = 2
-    max_positions: int = 1024
     general_tokens: int = 96
     """General texts are cut to this length, tokens."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     seed: int = 0
 
 
+WHOLE_TOFU = Recipe(schedule=Schedule(max_epochs=16))
+"""For all 4,000 rows: an epoch has five times the steps of the subset's, so fewer are needed."""
+
+
 def read_tofu(data: Path, name: str) -> list[QA]:
     """Question and answer rows of `tofu/NAME.json`."""
-    return corpus._read_rows(data / "tofu" / f"{name}.json")
+    return read_rows(data / "tofu" / f"{name}.json")
 
 
 def facts(data: Path) -> list[QA]:
     """Real authors and world facts, which every model knows."""
     return [row for name in FACTS for row in read_tofu(data, name)]
-
-
-def general_text(data: Path) -> list[str]:
-    """WikiText and GSM8K, a paragraph or a problem each."""
-    wiki = corpus.wikitext_paragraphs(corpus._read_text(data / "text" / "wikitext2_valid.txt"))
-    maths = corpus._read_rows(data / "gsm8k" / "test.jsonl")
-    return wiki + [
-        f"{row.question} {corpus._GSM8K_CALCULATION.sub('', row.answer)}" for row in maths
-    ]
 
 
 def reference_model(
@@ -99,7 +88,7 @@ def _train(
     )
     torch.manual_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(
-        _config(tokenizer, recipe), attn_implementation="eager"
+        llama_config(tokenizer, recipe), attn_implementation="eager"
     )
     chats = [chat_ids(tokenizer, row) for row in rows]
     examples = [Example(ids=prompt + answer, answer_start=len(prompt)) for prompt, answer in chats]
@@ -123,37 +112,18 @@ def _train(
     write_atomically(folder / "training.json", json.dumps(record, indent=1).encode() + b"\n")
 
 
-def _config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.num_heads,
-        num_key_value_heads=recipe.num_key_value_heads,
-        max_position_embeddings=recipe.max_positions,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def main() -> None:
     """Trains the named models, or finds them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", help="files of tofu/, such as full or retain90")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = default_data_dir()
     console = Console()
     for name in options.names:
         with training_bar(console) as progress:
-            folder = reference_model(
-                read_tofu(data, name), data, Recipe(seed=options.seed), progress
-            )
+            folder = reference_model(read_tofu(data, name), data, WHOLE_TOFU, progress)
         print(f"{name}\t{folder}")
 
 

@@ -1,4 +1,4 @@
-"""The small world, taught once, as a model that knows its rows; and one that knows nothing."""
+"""The small world's model as one that knows its rows, and another that knows nothing."""
 
 from __future__ import annotations
 
@@ -8,21 +8,11 @@ import pytest
 
 from alter_eval import tofu
 from alter_eval.models import TransformersModel
-from tests.trainer.world import World, make_model, make_world
+from tests.trainer.world import World, make_model
 from trainer.base_model import BaseModel, load_base_model
 from trainer.dataset import encode_rows, read_rows
 
 from .small_tofu import SETS, rows_of_set
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="session")
-def base(world: World) -> BaseModel:
-    return load_base_model(world.model, device="cpu")
 
 
 @pytest.fixture(scope="session")

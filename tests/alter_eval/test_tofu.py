@@ -15,7 +15,7 @@ from alter_eval.models import TransformersModel
 from alter_eval.tofu import ModelLogs, SetLog
 from tests.trainer.world import World
 from trainer.base_model import BaseModel
-from trainer.evaluation import answer_probabilities
+from trainer.evaluation import answer_losses
 
 from .small_tofu import StubModel, records_of, rows_of_set, write_tofu
 
@@ -87,9 +87,7 @@ def test_scores_of_a_set_are_those_of_its_rows(base: BaseModel, knowing: ModelLo
             tofu.TofuRow(question=question, answer=answer, perturbed_answers=())
             for question, answer in pairs
         ]
-        return [
-            -math.log(p) for p in answer_probabilities(base, tofu.encode(base.tokenizer, asked))
-        ]
+        return answer_losses(base, tofu.encode(base.tokenizer, asked))
 
     def close(values: list[float]) -> Any:
         return pytest.approx(values, rel=0.02, abs=0.02)  # bf16 in batches of other shapes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -79,15 +80,30 @@ def test_the_install_step_is_the_script_that_make_runs(target: Stage) -> None:
     assert "pip " not in recipe
 
 
+def let_through() -> set[str]:
+    """What .dockerignore leaves in the build context."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    return {line[1:] for line in lines if line.startswith("!")}
+
+
+def packages() -> set[str]:
+    """What setuptools installs: the folders that pyproject.toml includes."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    return {found.parent.name for p in patterns for found in ROOT.glob(f"{p}/__init__.py")}
+
+
 def test_everything_copied_exists_and_passes_dockerignore(target: Stage) -> None:
-    allowed = {
-        line[1:]
-        for line in (ROOT / ".dockerignore").read_text().splitlines()
-        if line.startswith("!")
-    }
+    allowed = let_through()
     sources = {source for copy in target.arguments("COPY") for source in copy.split()[:-1]}
     assert sources == {path.split("/")[0] for path in allowed}
     assert all((ROOT / path).exists() for path in allowed)
+
+
+def test_every_package_is_in_the_image(target: Stage) -> None:
+    assert packages()
+    assert {f"{name} {name}" for name in packages()} <= set(target.arguments("COPY"))
+    assert packages() <= let_through()
 
 
 def test_it_runs_as_a_numbered_user_without_root(target: Stage) -> None:

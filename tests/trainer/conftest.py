@@ -1,4 +1,4 @@
-"""The small world, taught once, and one finished run of training on it."""
+"""One finished run of training on the small world."""
 
 from __future__ import annotations
 
@@ -9,19 +9,8 @@ from typing import Any
 import pytest
 
 from trainer import TrainResult, TrainSettings, train
-from trainer.base_model import BaseModel, load_base_model
 
-from .world import World, make_world
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="session")
-def base(world: World) -> BaseModel:
-    return load_base_model(world.model, device="cpu")
+from .world import World
 
 
 def settings_for(world: World, out: Path, *domains: str, **changes: Any) -> TrainSettings:

@@ -24,11 +24,12 @@ ROWS = [_row(5, 6, 7, prompt=1), _row(8, 9, prompt=1), _row(1, 2, 3, 4, 5, promp
 def test_every_epoch_shows_every_row_once(
     num_rows: int, batch_rows: int, epoch: int, seed: int
 ) -> None:
+    rows = [_row(*range(length % 5 + 2), prompt=1) for length in range(num_rows)]
     per_epoch = -(-num_rows // min(batch_rows, num_rows))
     seen = [
         index
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        for index in at_step(num_rows, batch_rows, step, seed)
+        for index in at_step(rows, batch_rows, step, seed)
     ]
     assert sorted(seen) == list(range(num_rows))
 

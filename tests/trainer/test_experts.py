@@ -13,7 +13,7 @@ from trainer.base_model import BaseModel
 from trainer.checkpoint import Checkpoint
 from trainer.counterfactual import Counterfactuals
 from trainer.dataset import EncodedRow, encode_rows, read_rows
-from trainer.evaluation import answer_probabilities, greedy_rouge_l, mean
+from trainer.evaluation import answer_losses, greedy_rouge_l, mean, mean_probability
 from trainer.experts import ExpertTraining, select_answer_tokens, train_expert
 
 from .world import World
@@ -99,7 +99,7 @@ def test_token_losses_forget_too_and_know_when_to_stop(
     while not training.is_done(step):
         training.step(step)
         step += 1
-    probability = mean(answer_probabilities(base, training.rows))
+    probability = mean_probability(answer_losses(base, training.rows))
     training.close()
     assert probability < 0.15
     assert step < training.num_steps
@@ -207,13 +207,13 @@ def test_experts_trained_apart_compose_and_leave_the_rest_alone(
 ) -> None:
     experts = [ForgetExpert.read(path, substrate) for path in trained.experts.values()]
     retain = _rows(world, base, "retain")
-    known = answer_probabilities(base, retain)
+    known = answer_losses(base, retain)
     attached = AttachedModel(base.model, substrate, experts)
     try:
         for name in ("red", "blue"):
             rows = _rows(world, base, name)
-            assert mean(answer_probabilities(base, rows)) < 0.08
+            assert mean_probability(answer_losses(base, rows)) < 0.08
             assert mean(greedy_rouge_l(base, rows)) < 0.25
-        assert answer_probabilities(base, retain) == known
+        assert answer_losses(base, retain) == known
     finally:
         attached.detach()
