@@ -8,6 +8,7 @@ out/report.md       a page with plots, drawn from them
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,10 +28,15 @@ HOLDOUT_FILE = "holdout.json"
 
 
 def tofu_rows(data: Path, split: str) -> dict[str, list[tofu.TofuRow]]:
-    """Rows of every set of a TOFU split, `01`, `05` or `10`. Raises: EvaluationError."""
-    files = {"forget": f"forget{split}_perturbed", "retain": "retain_perturbed"}
-    files |= {name: f"{name}_perturbed" for name in ("real_authors", "world_facts")}
-    return {name: tofu.read_rows(data / "tofu" / f"{file}.json") for name, file in files.items()}
+    """Rows of every set of a TOFU split, `01`, `05` or `10`; forgotten ones alone are asked in other words.
+
+    Raises: EvaluationError.
+    """
+    rows = {"forget": tofu.read_rows(data / "tofu" / f"forget{split}_perturbed.json")}
+    for name in tofu.UTILITY_SETS:
+        members = tofu.read_rows(data / "tofu" / f"{name}_perturbed.json")
+        rows[name] = [dataclasses.replace(row, paraphrased_question=None) for row in members]
+    return rows
 
 
 def evaluate(

@@ -329,7 +329,7 @@ def figures(found: ModelLogs, retrained: ModelLogs | None = None) -> dict[str, f
     ]
     utility = _utility_parts(logs)
     result: dict[str, float | None] = {
-        "model_utility": metrics.harmonic_mean(list(utility.values())),
+        "model_utility": model_utility(logs),
         "forget_Q_A_Prob": fmean(_probability(row.nll) for row in forget.rows),
         "forget_Q_A_ROUGE": fmean(row.rouge_l for row in forget.rows),
         "forget_Truth_Ratio": metrics.closer_to_one(forget.truth_ratios),
@@ -376,8 +376,8 @@ def _privleak(found: ModelLogs, retrained: ModelLogs) -> float | None:
             got=retrained.holdout.dataset[:12],
             fix="Evaluate both with the same --holdout.",
         )
-    aucs = [_membership_auc(logs) for logs in (found, retrained)]
-    return None if None in aucs else metrics.privleak(*aucs)  # type: ignore[arg-type]
+    auc, reference = _membership_auc(found), _membership_auc(retrained)
+    return None if auc is None or reference is None else metrics.privleak(auc, reference)
 
 
 def check_comparable(log: SetLog, reference: SetLog) -> None:
@@ -407,6 +407,11 @@ def read_log(path: Path, kind: type[Log]) -> Log:
             got=type(error).__name__,
             fix="Delete it, if it is there, and repeat the evaluation: it goes on where logs are missing.",
         ) from None
+
+
+def model_utility(logs: Mapping[str, SetLog]) -> float:
+    """Harmonic mean of nine figures: probability, ROUGE-L and truth ratio on each of UTILITY_SETS."""
+    return metrics.harmonic_mean(list(_utility_parts(logs).values()))
 
 
 def _utility_parts(logs: Mapping[str, SetLog]) -> dict[str, float]:

@@ -39,17 +39,21 @@ class EvidenceSettings:
     """How evidence heads are trained."""
 
     pointwise_steps: int = 150
-    """Steps of stage 1."""
-    bag_steps: int = 200
-    """Steps of stage 2."""
+    """Steps of stage 1, for a domain of at most `full_tokens`; of larger ones in proportion."""
+    bag_steps: int = 300
+    """The same of stage 2."""
     final_steps: int = 80
-    """Steps of stage 3, after calibration."""
+    """The same of stage 3, after calibration."""
+    full_tokens: int = 12_000
+    """A domain of more tokens is trained on for more steps."""
     learning_rate: float = 2e-3
     """Adam's learning rate."""
     margin: float = 3.0
     """Distance from 0 that every score is pushed to, in logits."""
     bag_dropout: float = 0.5
     """Share of a bag's windows hidden at each step, 0 to 1."""
+    hard_negatives: bool = True
+    """Whether negatives are drawn from the worst false alarms and from near misses too."""
     negative_weight: float = 4.0
     """Weight of the negatives' loss."""
     holdout: float = 0.1
@@ -62,6 +66,16 @@ class EvidenceSettings:
         """Steps of all stages."""
         return self.pointwise_steps + self.bag_steps + self.final_steps
 
+    def scaled(self, rows: Sequence[EncodedRow]) -> EvidenceSettings:
+        """The settings with as many steps as a domain of these rows takes."""
+        factor = max(1.0, sum(len(row.ids) for row in rows) / self.full_tokens)
+        return dataclasses.replace(
+            self,
+            pointwise_steps=round(factor * self.pointwise_steps),
+            bag_steps=round(factor * self.bag_steps),
+            final_steps=round(factor * self.final_steps),
+        )
+
 
 _POINTWISE_BATCH = 256
 _BAG_BATCH = 64
@@ -69,9 +83,11 @@ _NEGATIVE_BATCH = 1024
 _RANDOM_BATCH = 128
 _NEAR_BATCH = 256
 _HARD_POOL = 4096
-_MINE_EVERY = 50
+_MINING_BEFORE, _MINING_AFTER = 8, 3
+"""How often the worst false alarms are looked up, before and after calibration."""
 _BAG_STRIDE = 32
 _CALIBRATION_ROOM = 0.5
+_SHIFT_SHARE = 0.6
 _SCORE_CHUNK = 65_536
 
 
@@ -117,6 +133,7 @@ def train_evidence(
     `embeddings` (V, D) are normalised by the substrate; `negatives` are token ids, most important first.
     Raises: TrainingError if the domain holds nothing that the negatives do not hold too.
     """
+    settings = settings.scaled(rows)
     training = _EvidenceTraining(embeddings, rows, negatives, config, settings, seed)
     for step in range(settings.num_steps):
         progress(training.step(step))
@@ -178,8 +195,10 @@ class _EvidenceTraining:
         if step == num_before:
             self._calibrate()
             self.pool = self.all_negatives
-        mine_every = _MINE_EVERY if step < num_before else _MINE_EVERY // 2
-        if step % mine_every == 0 or step == num_before:
+        rounds, start, length = _MINING_BEFORE, 0, num_before
+        if step >= num_before:
+            rounds, start, length = _MINING_AFTER, num_before, settings.final_steps
+        if (step - start) % max(1, length // rounds) == 0:
             scores = self.scorer.all(self.pool)
             self.hard = self.pool[scores.topk(min(_HARD_POOL, len(scores))).indices]
         if step < settings.pointwise_steps:
@@ -239,6 +258,8 @@ class _EvidenceTraining:
         # Tokens that no negative text holds must not fire either.
         shape = (_RANDOM_BATCH, self.windows.shape[1])
         noise = torch.randint(1, self.vocabulary + 1, shape, generator=self.generator)
+        if not self.settings.hard_negatives:
+            return torch.cat([some(self.pool), some(self.pool), noise])
         return torch.cat([some(self.pool), some(self.hard), noise, self._near_misses()])
 
     def _near_misses(self) -> Tensor:
@@ -291,14 +312,14 @@ class _EvidenceTraining:
         self.calibration["final_shift"] = round(shift, 3)
 
     def _shift(self, highest: float) -> float:
-        """By half of what the weakest prompts score at most: an odd negative may not cost the domain."""
+        """By 60 % of what the weakest prompts score at most: an odd negative may not cost the domain."""
         scores = self.scorer.all(self.windows)
         prompts = [
             scores[start : start + length].max().item()
             for start, length in zip(self.domain.starts, self.domain.prompt_lengths, strict=True)
         ]
         weakest = float(np.quantile(prompts, 0.05))
-        shift = max(0.0, min(highest + _CALIBRATION_ROOM, weakest / 2))
+        shift = max(0.0, min(highest + _CALIBRATION_ROOM, _SHIFT_SHARE * weakest))
         with torch.no_grad():
             self.head.fc2.bias.sub_(shift)
         return shift

@@ -371,7 +371,8 @@ class _Run:
 
     def _head(self, name: str, embeddings: Tensor) -> tuple[EvidenceHead, dict[str, float]]:
         settings = self.settings.evidence_settings
-        with self.reporter.stage(f"{name}: evidence", settings.num_steps) as stage:
+        num_steps = settings.scaled(self.forget[name]).num_steps
+        with self.reporter.stage(f"{name}: evidence", num_steps) as stage:
             done = 0
 
             def progress(loss: float) -> None:

@@ -62,9 +62,7 @@ def make(corpus: Corpus, folder: Path, *, seed: int, console: Console) -> Artefa
             {part: [dataclasses.astuple(r) for r in rows] for part, rows in corpus.parts().items()},
         ]
     )
-    base_key = _digest(
-        rows, "".join(corpus.general), _sources(Path(__file__).parent, _BASE_SOURCES)
-    )
+    base_key = _digest(rows, "".join(corpus.general), sources(Path(__file__).parent, _BASE_SOURCES))
     base = folder / f"{corpus.name}-{base_key}"
     base.mkdir(parents=True, exist_ok=True)
     timings = {"base_model": 0.0, "experts": 0.0}
@@ -75,8 +73,8 @@ def make(corpus: Corpus, folder: Path, *, seed: int, console: Console) -> Artefa
     files = corpus.save(base)
     expert_key = _digest(
         base_key,
-        _sources(_package("trainer")),
-        _sources(_package("alter_core")),
+        sources(package_folder("trainer")),
+        sources(package_folder("alter_core")),
     )
     experts = base / f"{EXPERTS}-{expert_key}"
     if not (experts / "run.json").exists():
@@ -119,7 +117,7 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def _package(name: str) -> Path:
+def package_folder(name: str) -> Path:
     """Folder of a package, found without importing it."""
     spec = importlib.util.find_spec(name)
     assert spec is not None
@@ -127,7 +125,7 @@ def _package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _sources(package: Path, names: str = "*") -> str:
+def sources(package: Path, names: str = "*") -> str:
     """Source code of a package's modules; `names` is a glob pattern, several separated by a comma."""
     paths = {path for name in names.split(",") for path in package.glob(f"{name}.py")}
     return "".join(path.read_text("utf-8") for path in sorted(paths))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -21,11 +20,10 @@ import torch
 
 from alter_eval import tofu
 from alter_eval.data import default_data_dir
-from benchmarks.results import write_results
 
 from .experiment import Bench, Figures
-from .reference import Recipe
 from .splits import SPLITS, SUBSET, load_split
+from .table import write_table
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -71,7 +69,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     names = QUICK if options.quick else options.variants.split(",")
     data = default_data_dir()
-    bench = Bench(load_split(data, options.split), data, Recipe())
+    bench = Bench(load_split(data, options.split), data)
     rows: dict[str, list[Figures]] = {
         "base": [tofu.figures(bench.base_logs, bench.retrained_logs)],
         "retrained": [tofu.figures(bench.retrained_logs, bench.retrained_logs)],
@@ -79,49 +77,20 @@ def main() -> None:
     for name in names:
         rows[name] = [bench.run(VARIANTS[name], seed) for seed in range(options.seeds)]
         print(name, {key: rows[name][0][key] for key in SHOWN}, flush=True)
-    path = write_results(
+    path = write_table(
         Path("build") if options.quick else options.out,
         f"tofu-{options.split}",
+        rows,
         title=f"TOFU, {options.split}: variants of the method",
-        figures={f"{n}/{k}": _mean(found, k) for n, found in rows.items() for k in SHOWN},
-        spread={
-            f"{n}/{k}": (min(_known(found, k)), max(_known(found, k)))
-            for n, found in rows.items()
-            for k in SHOWN
-            if len(_known(found, k)) > 1
-        },
-        not_measured={
-            f"{n}/train_seconds": "no experts are trained" for n in ("base", "retrained")
-        },
-        seed=0,
+        columns=SHOWN,
         notes={
             "rows": f"{len(bench.split.measured['forget'])} forgotten in {len(bench.split.domains)} "
             f"domains, {len(bench.split.retain)} retained",
             "seeds": options.seeds,
             "models": "base and retrained of one recipe, 5 million parameters, trained from scratch",
         },
-        table=_table(rows),
     )
     print(path)
-
-
-def _known(found: list[Figures], key: str) -> list[float]:
-    return [value for figures in found if (value := figures.get(key)) is not None]
-
-
-def _mean(found: list[Figures], key: str) -> float | None:
-    values = _known(found, key)
-    return fmean(values) if values else None
-
-
-def _table(rows: dict[str, list[Figures]]) -> str:
-    """One line a variant, means over seeds."""
-    lines = [f"| variant | {' | '.join(SHOWN)} |", "|---" * (1 + len(SHOWN)) + "|"]
-    for name, found in rows.items():
-        cells = [_mean(found, key) for key in SHOWN]
-        shown = ["" if value is None else f"{value:.3g}" for value in cells]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

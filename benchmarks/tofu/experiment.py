@@ -1,17 +1,20 @@
-"""One measured variant: experts trained for a split, and every figure of what they leave behind."""
+"""A TOFU split with its base and retrained model: experts trained for it, and what they leave behind."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import trainer
 from alter_cli.demo import authors as invented
+from alter_cli.demo.artefacts import package_folder, sources
 from alter_cli.demo.corpus import QA, write_jsonl
 from alter_cli.demo.tofu import general_text
 from alter_core import ForgetExpert, Substrate
@@ -19,22 +22,39 @@ from alter_core.attach import AttachedModel
 from alter_eval import tofu
 from alter_eval.models import LanguageModel, TransformersModel, WithoutExperts
 from trainer.base_model import BaseModel, load_base_model
-from trainer.dataset import EncodedRow, Row, encode_rows
+from trainer.checkpoint import write_atomically
 from trainer.substrate import on_device
 
-from .reference import CACHE, Recipe, reference_model
-from .splits import Split
+from .reference import CACHE, WHOLE_TOFU, Recipe, reference_model
+from .splits import SUBSET, Split
 
 Figures = dict[str, float | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Bundles of a training run."""
+
+    substrate: Path
+    experts: dict[str, Path]
+    timings_s: dict[str, float]
+    """As in the run's `run.json`."""
+
+    @property
+    def seconds(self) -> float:
+        """Training alone, without its evaluation."""
+        return sum(
+            seconds
+            for part, seconds in self.timings_s.items()
+            if "/" in part or part == "substrate"
+        )
 
 
 class Bench:
     """A split with its base and retrained model, trained unless the cache has them."""
 
-    def __init__(self, split: Split, data: Path, recipe: Recipe, cache: Path = CACHE) -> None:
-        self.split, self.cache = split, cache
-        self.base_folder = reference_model(split.known, data, recipe, cache=cache)
-        self.retrained_folder = reference_model(split.retain, data, recipe, cache=cache)
+    def __init__(self, split: Split, data: Path, cache: Path = CACHE) -> None:
+        self.split, self.data, self.cache = split, data, cache
         folder = cache / f"rows-{split.name}"
         folder.mkdir(parents=True, exist_ok=True)
         neighbours = invented.generate(num_domains=1, seed=2)
@@ -49,43 +69,71 @@ class Bench:
                 folder / "invented.jsonl", [r for rows in neighbours.parts().values() for r in rows]
             ),
         )
-        self.base_logs = self.logs("base", lambda: load_base_model(self.base_folder))
-        self.retrained_logs = self.logs("retrained", lambda: load_base_model(self.retrained_folder))
+        self.common_words = tofu.words_of(tofu_rows([*split.retain, *split.facts]))
 
-    def logs(self, name: str, load: Callable[[], BaseModel]) -> tofu.ModelLogs:
-        """What a model without experts makes of the split's rows, kept in the cache."""
-        folder = self.base_folder if name == "base" else self.retrained_folder
-        path = folder / f"logs-{self.split.name}.json"
-        if not path.exists():
-            base = load()
-            found = self._measure(TransformersModel(base), None)
-            path.write_text(json.dumps(_plain(found)))
-        content = json.loads(path.read_text())
-        return tofu.ModelLogs(
-            sets={n: tofu.SetLog.model_validate(v) for n, v in content["sets"].items()},
-            holdout=tofu.HoldoutLog.model_validate(content["holdout"]),
-        )
+    @functools.cached_property
+    def base_folder(self) -> Path:
+        """The model that knows what is to be forgotten."""
+        return self._reference(self.split.known)
+
+    @functools.cached_property
+    def retrained_folder(self) -> Path:
+        """The model that never learned it."""
+        return self._reference(self.split.retain)
+
+    @functools.cached_property
+    def base_logs(self) -> tofu.ModelLogs:
+        """What the base model makes of the split's rows."""
+        folder = self.base_folder
+        return self.measure(TransformersModel(load_base_model(folder)), kept=folder)
+
+    @functools.cached_property
+    def retrained_logs(self) -> tofu.ModelLogs:
+        """What the retrained model makes of them."""
+        folder = self.retrained_folder
+        return self.measure(TransformersModel(load_base_model(folder)), kept=folder)
 
     def run(self, changes: Mapping[str, Any], seed: int) -> Figures:
         """Trains experts with some settings changed, measures them, and returns all figures."""
-        key = hashlib.sha256(json.dumps([sorted(changes.items()), seed]).encode()).hexdigest()
-        out = self.cache / f"experts-{self.split.name}-{key[:12]}"
-        shutil.rmtree(out, ignore_errors=True)
-        started = time.monotonic()
-        result = trainer.train(self._settings(out, changes, seed))
-        seconds = time.monotonic() - started
+        trained = self.train(changes, seed)
         base = load_base_model(self.base_folder)
-        substrate = on_device(Substrate.read(result.substrate, base.info), base.device)
-        experts = [ForgetExpert.read(folder, substrate) for folder in result.experts.values()]
-        attached = AttachedModel(base.model, substrate, experts)
-        try:
-            logs = self._measure(TransformersModel(base), WithoutExperts(base, attached))
-        finally:
-            attached.detach()
-        return tofu.figures(logs, self.retrained_logs) | {"train_seconds": seconds}
+        with attached(base, trained.substrate, trained.experts.values()) as model:
+            logs = self.measure(TransformersModel(base), WithoutExperts(base, model))
+        return tofu.figures(logs, self.retrained_logs) | {"train_seconds": trained.seconds}
 
-    def _settings(self, out: Path, changes: Mapping[str, Any], seed: int) -> trainer.TrainSettings:
-        parts = {
+    def train(
+        self,
+        changes: Mapping[str, Any],
+        seed: int,
+        *,
+        domains: Sequence[str] | None = None,
+        substrate: Path | None = None,
+    ) -> Trained:
+        """Experts of some of the split's domains, or of all. The cache has those that this code trained."""
+        names = list(self.files if domains is None else domains)
+        code = [sources(package_folder(name)) for name in ("trainer", "alter_core")]
+        key = [self.base_folder.name, sorted(changes.items()), seed, names, str(substrate), code]
+        out = self.cache / f"experts-{self.split.name}-{_digest(key)}"
+        run_file = out / "run.json"
+        if not run_file.exists():
+            shutil.rmtree(out, ignore_errors=True)
+            trainer.train(self._settings(out, names, substrate, changes, seed))
+        timings = json.loads(run_file.read_bytes())["timings_s"]
+        return Trained(
+            substrate=substrate or out / "substrate",
+            experts={name: out / name for name in names},
+            timings_s=timings,
+        )
+
+    def _settings(
+        self,
+        out: Path,
+        domains: Sequence[str],
+        substrate: Path | None,
+        changes: Mapping[str, Any],
+        seed: int,
+    ) -> trainer.TrainSettings:
+        parts: dict[str, dict[str, Any]] = {
             "alter": {},
             "expert_settings": {},
             "substrate_settings": {},
@@ -97,9 +145,10 @@ class Bench:
         return trainer.TrainSettings(
             model=self.base_folder,
             out=out,
-            forget=self.files,
+            forget={name: self.files[name] for name in domains},
             retain=(self.retain,),
             general=self.general,
+            substrate=substrate,
             alter=parts["alter"],
             expert_settings=trainer.ExpertSettings(**parts["expert_settings"]),
             substrate_settings=trainer.SubstrateSettings(**parts["substrate_settings"]),
@@ -108,34 +157,61 @@ class Bench:
             seed=seed,
         )
 
-    def _measure(self, model: LanguageModel, judge: LanguageModel | None) -> tofu.ModelLogs:
-        common = _text_words([*self.split.retain, *self.split.facts])
+    def measure(
+        self, model: LanguageModel, judge: LanguageModel | None = None, kept: Path | None = None
+    ) -> tofu.ModelLogs:
+        """What a model makes of the split's rows. Logs stay in `kept` and are found there again."""
+        encoded = tofu.encode(model.tokenizer, tofu_rows(self.split.holdout))
         return tofu.ModelLogs(
-            sets={
-                name: tofu.evaluate_set(model, rows, judge if name == "forget" else None, common)
-                for name, rows in self.split.measured.items()
-            },
-            holdout=tofu.evaluate_holdout(model, _encoded(model, self.split.holdout)),
+            sets=self.measure_sets(model, tuple(self.split.measured), judge, kept),
+            holdout=tofu.evaluate_holdout(model, encoded),
         )
 
+    def measure_sets(
+        self,
+        model: LanguageModel,
+        names: Sequence[str],
+        judge: LanguageModel | None = None,
+        kept: Path | None = None,
+    ) -> dict[str, tofu.SetLog]:
+        """The same of some sets."""
+        sets = {}
+        for name in names:
+            rows = self.split.measured[name]
+            is_forgotten = name == "forget"
+            common = self.common_words if is_forgotten else set()
+            key = [tofu.dataset_digest(rows), *([sorted(common)] if common else [])]
+            path = kept and kept / f"log-{name}-{_digest(key)}.json"
+            if path and path.exists():
+                sets[name] = tofu.read_log(path, tofu.SetLog)
+                continue
+            sets[name] = tofu.evaluate_set(model, rows, judge if is_forgotten else None, common)
+            if path:
+                write_atomically(path, sets[name].model_dump_json().encode() + b"\n")
+        return sets
 
-def _text_words(rows: list[QA]) -> set[str]:
-    return tofu.words_of(
+    def _reference(self, known: list[QA]) -> Path:
+        recipe = Recipe() if self.split.name == SUBSET else WHOLE_TOFU
+        return reference_model(known, self.data, recipe, cache=self.cache)
+
+
+@contextlib.contextmanager
+def attached(base: BaseModel, substrate: Path, experts: Iterable[Path]) -> Iterator[AttachedModel]:
+    """The base model with the experts of these bundles, inside the block."""
+    shared = on_device(Substrate.read(substrate, base.info), base.device)
+    model = AttachedModel(base.model, shared, [ForgetExpert.read(path, shared) for path in experts])
+    try:
+        yield model
+    finally:
+        model.detach()
+
+
+def tofu_rows(rows: Sequence[QA]) -> list[tofu.TofuRow]:
+    """Questions and answers alone, as the evaluation reads them."""
+    return [
         tofu.TofuRow(question=row.question, answer=row.answer, perturbed_answers=()) for row in rows
-    )
-
-
-def _encoded(model: LanguageModel, rows: list[QA]) -> list[EncodedRow]:
-    turns = [
-        Row(file=Path("holdout"), line=n, turns=(("user", r.question), ("assistant", r.answer)))
-        for n, r in enumerate(rows, start=1)
     ]
-    return encode_rows(turns, model.tokenizer, max_tokens=1024)
 
 
-def _plain(logs: tofu.ModelLogs) -> dict[str, Any]:
-    assert logs.holdout is not None
-    return {
-        "sets": {name: log.model_dump() for name, log in logs.sets.items()},
-        "holdout": logs.holdout.model_dump(),
-    }
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

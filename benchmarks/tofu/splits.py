@@ -20,7 +20,7 @@ _SUBSET_DOMAINS = {"authors-193-196": range(192, 196), "authors-197-200": range(
 _SUBSET_RETAIN = range(32)
 _SUBSET_HOLDOUT = range(100, 108)
 _RETAIN_STRIDE = 4
-"""The subset is measured on every fourth row of TOFU's retain set."""
+"""Where time is short, every fourth row of TOFU's retain set is measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class Split:
     """One forgetting task, and the rows that it is measured on."""
 
     name: str
+    known: list[QA]
+    """What the base model knows, beside the facts."""
     domains: dict[str, list[QA]]
     retain: list[QA]
     """What the retrained model knows, beside the facts that every model knows."""
@@ -37,11 +39,6 @@ class Split:
     holdout: list[QA]
     """Rows of the same kind that neither base nor retrained model knows."""
 
-    @property
-    def known(self) -> list[QA]:
-        """What the base model knows, beside the facts."""
-        return [row for rows in self.domains.values() for row in rows] + self.retain
-
 
 def load_split(data: Path, name: str) -> Split:
     """`01`, `05`, `10`, or `subset`: 40 authors, 8 of them forgotten in two domains."""
@@ -50,11 +47,28 @@ def load_split(data: Path, name: str) -> Split:
     corpus = invented.generate(num_domains=1, seed=1)
     return Split(
         name=name,
+        known=read_tofu(data, "full"),
         domains={f"forget{name}": read_tofu(data, f"forget{name}")},
         retain=read_tofu(data, SPLITS[name]),
         facts=facts(data),
         measured=tofu_rows(data, name),
         holdout=[row for rows in corpus.parts().values() for row in rows],
+    )
+
+
+def load_requests(data: Path, number: int) -> Split:
+    """Forget10 in `number` requests; measured on every fourth retained row."""
+    whole = load_split(data, "10")
+    (rows,) = whole.domains.values()
+    size = len(rows) // number
+    return dataclasses.replace(
+        whole,
+        name=f"{number}-requests",
+        domains={
+            f"request-{place + 1:02}": rows[place * size : (place + 1) * size]
+            for place in range(number)
+        },
+        measured=whole.measured | {"retain": whole.measured["retain"][::_RETAIN_STRIDE]},
     )
 
 
@@ -71,10 +85,12 @@ def _subset(data: Path) -> Split:
         perturbed[row.question] for members in domains.values() for row in members
     ]
     measured["retain"] = measured["retain"][::_RETAIN_STRIDE]
+    retain = rows(_SUBSET_RETAIN)
     return Split(
         name=SUBSET,
+        known=[row for members in domains.values() for row in members] + retain,
         domains=domains,
-        retain=rows(_SUBSET_RETAIN),
+        retain=retain,
         facts=facts(data),
         measured=measured,
         holdout=rows(_SUBSET_HOLDOUT),

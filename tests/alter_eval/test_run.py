@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -143,8 +144,18 @@ def test_an_evaluation_needs_no_holdout(base: BaseModel, tmp_path: Path) -> None
     assert not (tmp_path / "out" / "holdout.json").exists()
 
 
-def test_a_split_names_its_files(tmp_path: Path) -> None:
+def test_a_split_names_its_files_and_asks_forgotten_rows_alone_in_other_words(
+    tmp_path: Path,
+) -> None:
     data = write_tofu(tmp_path / "data")
-    assert tofu_rows(data, "10") == {name: rows_of_set(name, 3) for name in SETS}
+    found = tofu_rows(data, "10")
+    assert found["forget"] == rows_of_set("forget", 3)
+    assert found == {
+        name: [
+            dataclasses.replace(row, paraphrased_question=None) if name != "forget" else row
+            for row in rows_of_set(name, 3)
+        ]
+        for name in SETS
+    }
     with pytest.raises(EvaluationError, match="forget05_perturbed"):
         tofu_rows(data, "05")

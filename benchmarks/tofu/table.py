@@ -1,0 +1,52 @@
+"""A results page with one line a variant: means over seeds, spread in the JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.results import write_results
+
+from .experiment import Figures
+
+
+def write_table(
+    folder: Path,
+    name: str,
+    rows: Mapping[str, Sequence[Figures]],
+    *,
+    title: str,
+    notes: Mapping[str, Any],
+    columns: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Writes `NAME.json` and `NAME.md`, all columns unless told which; a row has figures of every seed."""
+    shown = columns or list(dict.fromkeys(key for found in rows.values() for key in found[0]))
+    values = {(row, key): _known(found, key) for row, found in rows.items() for key in shown}
+    return write_results(
+        folder,
+        name,
+        title=title,
+        figures={f"{r}/{k}": fmean(v) if v else None for (r, k), v in values.items()},
+        spread={f"{r}/{k}": (min(v), max(v)) for (r, k), v in values.items() if len(v) > 1},
+        not_measured={f"{r}/{k}": "does not apply" for (r, k), v in values.items() if not v},
+        seed=seed,
+        notes=notes,
+        table=_table(list(rows), shown, values),
+    )
+
+
+def _known(found: Sequence[Figures], key: str) -> list[float]:
+    return [value for figures in found if (value := figures.get(key)) is not None]
+
+
+def _table(
+    rows: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], list[float]]
+) -> str:
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for row in rows:
+        cells = [f"{fmean(v):.3g}" if (v := values[row, key]) else "" for key in columns]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,248 @@
+"""Seconds and FLOPs of unlearning 400 pairs: ALTER, asymmetric LoRA, LoRA, and full fine-tuning.
+
+    python -m benchmarks.tofu.timing --split 10        docs/results/tofu-timing.{json,md}
+
+Everything sees the forget rows as often, in the same batches, on the same threads, one after another.
+Gradient ascent updates all weights and has no retained rows. LoRA and asymmetric LoRA act on every token, so
+they need a retain term beside the forget term, which is ALTER's; ALTER needs a router instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from alter_core.config import AlterConfig
+from alter_core.evidence import EvidenceHead
+from alter_core.sites import default_tap_layer
+from alter_core.substrate import Substrate
+from alter_eval.data import default_data_dir
+from trainer.base_model import load_base_model
+from trainer.batches import at_step, make_batch
+from trainer.counterfactual import Counterfactuals
+from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.entropy_pass import cached_entropy
+from trainer.experts import ExpertTraining, select_answer_tokens
+from trainer.losses import LossTerm, answer_nll
+from trainer.router import EvidenceSettings, train_evidence
+from trainer.settings import ExpertSettings
+from trainer.substrate import initial_substrate, normalised_embeddings
+
+from .experiment import Bench, Figures
+from .splits import SPLITS, SUBSET, load_split
+from .table import write_table
+
+_FLOP_STEPS = 3
+_MAX_TOKENS = 1024
+_ASCENT_RATE = 1e-5
+_NEVER_HIGH = 1.99
+"""An entropy threshold that no token exceeds, so that an expert acts on every token at weight 1."""
+
+
+class _WithRetain(ExpertTraining):
+    """An expert without a gate, beside a term that keeps the retained rows; A learns too if it may."""
+
+    retain: list[EncodedRow]
+    learned_a: tuple[torch.Tensor, ...] = ()
+
+    def term(self, step: int) -> LossTerm:
+        term = super().term(step)
+        indices = at_step(self.retain, self.settings.batch_rows, step, self.seed)
+        batch = make_batch(self.retain, indices, self.base.pad_id)
+        kept = answer_nll(self.base.logits(batch), batch.labels).mean()
+        parameters = (*self.lora_b.values(), *self.learned_a)
+        return LossTerm(name="forget and retain", value=term.value + kept, parameters=parameters)
+
+
+class Timing:
+    """The methods on one domain."""
+
+    def __init__(self, bench: Bench, epochs: int, seed: int) -> None:
+        self.bench, self.seed = bench, seed
+        self.base = load_base_model(bench.base_folder)
+
+        def encoded(*files: Path) -> list[EncodedRow]:
+            return encode_rows(read_rows(files), self.base.tokenizer, max_tokens=_MAX_TOKENS)
+
+        self.rows = encoded(next(iter(bench.files.values())))
+        self.retain, self.general = encoded(bench.retain), encoded(*bench.general)
+        self.settings = ExpertSettings(epochs=epochs, min_steps=0)
+        self.num_steps = self.settings.num_steps(len(self.rows))
+
+    def gradient_ascent(self) -> Figures:
+        """All weights, float32 under bfloat16 autocast."""
+        model = AutoModelForCausalLM.from_pretrained(self.bench.base_folder, dtype=torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=_ASCENT_RATE, fused=True)
+
+        def step(number: int) -> None:
+            indices = at_step(self.rows, self.settings.batch_rows, number, self.seed)
+            batch = make_batch(self.rows, indices, self.base.pad_id)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits
+            (-answer_nll(logits, batch.labels).mean()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        started = time.monotonic()
+        return self._measured(started, step)
+
+    def alter(self, forget_loss: str = "counterfactual", tap_layer: int | None = None) -> Figures:
+        """Router and expert, as `alter train` makes them on a given substrate."""
+        substrate = self._substrate(tap_layer=tap_layer)
+        started = time.monotonic()
+        head, _ = train_evidence(
+            normalised_embeddings(self.base, substrate),
+            self.rows,
+            [row.ids for row in (*self.retain, *self.general)],
+            substrate.config,
+            EvidenceSettings(),
+            seed=self.seed,
+        )
+        routed = time.monotonic()
+        training = self._expert(ExpertTraining, substrate, head, forget_loss)
+        figures = self._measured(started, training.step)
+        training.close()
+        return figures | {"router_seconds": routed - started}
+
+    def lora(self, *, learns_a: bool) -> Figures:
+        """The same forget loss without a gate, beside a retain term."""
+        substrate = self._substrate(entropy_threshold=_NEVER_HIGH)
+        started = time.monotonic()
+        training = self._expert(_WithRetain, substrate, self._always(substrate.config))
+        assert isinstance(training, _WithRetain)
+        training.retain = self.retain
+        if learns_a:
+            training.learned_a = tuple(a.requires_grad_(True) for a in substrate.lora_a.values())
+            training.optimizer.add_param_group({"params": list(training.learned_a)})
+        figures = self._measured(started, training.step)
+        training.close()
+        return figures
+
+    def _substrate(self, tap_layer: int | None = None, **changes: float) -> Substrate:
+        layer = default_tap_layer(self.base.info.num_layers) if tap_layer is None else tap_layer
+        return initial_substrate(self.base, AlterConfig(tap_layer=layer, **changes), self.seed)
+
+    def _always(self, config: AlterConfig) -> EvidenceHead:
+        """A head that finds evidence in every token."""
+        head = EvidenceHead(
+            self.base.info.hidden_size, ngram=config.evidence_ngram, num_units=config.evidence_units
+        ).requires_grad_(False)
+        head.fc2.weight.zero_()
+        head.fc2.bias.fill_(1.0)
+        return head
+
+    def _expert(
+        self,
+        kind: type[ExpertTraining],
+        substrate: Substrate,
+        head: EvidenceHead,
+        forget_loss: str = "counterfactual",
+    ) -> ExpertTraining:
+        config, name = substrate.config, self.bench.split.name
+        with tempfile.TemporaryDirectory() as folder:
+            entropy = cached_entropy(
+                self.base,
+                self.rows,
+                tsallis_q=config.tsallis_q,
+                tap_layer=config.tap_layer,
+                folder=Path(folder),
+            )
+        settings = ExpertSettings(
+            epochs=self.settings.epochs,
+            min_steps=0,
+            forget_loss=forget_loss,
+            target_probability=0.0,
+        )
+        selected = select_answer_tokens(self.rows, entropy, config.entropy_threshold, settings)
+        texts = [row.ids for row in (*self.retain, *self.general)]
+        words = Counterfactuals(
+            self.base.tokenizer,
+            texts,
+            [row.ids for row in self.rows],
+            kept_share=settings.kept_share,
+        )
+        return kind(
+            self.base,
+            substrate,
+            f"forget{name}",
+            head,
+            self.rows,
+            selected,
+            words,
+            settings,
+            seed=self.seed,
+        )
+
+    def _measured(self, started: float, step: Callable[[int], object]) -> Figures:
+        """Runs all steps; FLOPs are counted over a few more."""
+        for number in range(self.num_steps):
+            step(number)
+        seconds = time.monotonic() - started
+        with FlopCounterMode(display=False) as counter:
+            for number in range(_FLOP_STEPS):
+                step(number)
+        flops = counter.get_total_flops() / _FLOP_STEPS * self.num_steps
+        return {"seconds": seconds, "teraflops": flops / 1e12}
+
+
+def main() -> None:
+    """Times every method and writes `tofu-timing`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--split", choices=(SUBSET, *SPLITS), default="10")
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    data = default_data_dir()
+    timing = Timing(Bench(load_split(data, options.split), data), options.epochs, options.seed)
+    last = timing.base.info.num_layers - 1
+    methods: dict[str, Callable[[], Figures]] = {
+        "full fine-tuning, gradient ascent": timing.gradient_ascent,
+        "LoRA": lambda: timing.lora(learns_a=True),
+        "AsymLoRA": lambda: timing.lora(learns_a=False),
+        "ALTER": timing.alter,
+        "ALTER, last layer alone": lambda: timing.alter(tap_layer=last),
+        "ALTER, IHL": lambda: timing.alter(forget_loss="ihl"),
+        "ALTER, IHL, last layer alone": lambda: timing.alter("ihl", last),
+    }
+    rows: dict[str, list[Figures]] = {}
+    for name, method in methods.items():
+        rows[name] = [method()]
+        print(name, rows[name][0], flush=True)
+    for figures in rows.values():
+        for key, other in (
+            ("over_gradient_ascent", "full fine-tuning, gradient ascent"),
+            ("over_asymlora", "AsymLoRA"),
+        ):
+            figures[0][key] = figures[0]["seconds"] / rows[other][0]["seconds"]
+    path = write_table(
+        options.out,
+        "tofu-timing",
+        rows,
+        title="TOFU: time efficiency",
+        notes={
+            "rows": f"{len(timing.rows)} forgotten, {options.epochs} epochs of batches of "
+            f"{timing.settings.batch_rows}",
+            "threads": options.threads,
+        },
+        seed=options.seed,
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
