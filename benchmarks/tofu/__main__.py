@@ -22,7 +22,7 @@ from alter_eval import tofu
 from alter_eval.data import default_data_dir
 
 from .experiment import Bench, Figures
-from .splits import SPLITS, SUBSET, load_split
+from .splits import QUICK, SPLITS, SUBSET, load_split
 from .table import write_table
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ SHOWN = (
     "model_utility",
     "train_seconds",
 )
-QUICK = ("default", "ihl")
+QUICK_VARIANTS = ("default", "ihl")
 
 
 def main() -> None:
@@ -64,12 +64,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    parser.add_argument("--quick", action="store_true", help="two variants, written to build/")
+    parser.add_argument(
+        "--quick", action="store_true", help="16 authors, two variants, written to build/"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    names = QUICK if options.quick else options.variants.split(",")
+    names = QUICK_VARIANTS if options.quick else options.variants.split(",")
+    split = QUICK if options.quick else options.split
     data = default_data_dir()
-    bench = Bench(load_split(data, options.split), data)
+    bench = Bench(load_split(data, split), data)
     rows: dict[str, list[Figures]] = {
         "base": [tofu.figures(bench.base_logs, bench.retrained_logs)],
         "retrained": [tofu.figures(bench.retrained_logs, bench.retrained_logs)],
@@ -79,9 +82,9 @@ def main() -> None:
         print(name, {key: rows[name][0][key] for key in SHOWN}, flush=True)
     path = write_table(
         Path("build") if options.quick else options.out,
-        f"tofu-{options.split}",
+        f"tofu-{split}",
         rows,
-        title=f"TOFU, {options.split}: variants of the method",
+        title=f"TOFU, {split}: variants of the method",
         columns=SHOWN,
         notes={
             "rows": f"{len(bench.split.measured['forget'])} forgotten in {len(bench.split.domains)} "

@@ -25,8 +25,8 @@ from trainer.base_model import BaseModel, load_base_model
 from trainer.checkpoint import write_atomically
 from trainer.substrate import on_device
 
-from .reference import CACHE, WHOLE_TOFU, Recipe, reference_model
-from .splits import SUBSET, Split
+from .reference import CACHE, reference_model
+from .splits import Split
 
 Figures = dict[str, float | None]
 
@@ -191,8 +191,7 @@ class Bench:
         return sets
 
     def _reference(self, known: list[QA]) -> Path:
-        recipe = Recipe() if self.split.name == SUBSET else WHOLE_TOFU
-        return reference_model(known, self.data, recipe, cache=self.cache)
+        return reference_model(known, self.data, self.split.recipe, cache=self.cache)
 
 
 @contextlib.contextmanager

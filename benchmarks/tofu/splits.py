@@ -10,14 +10,17 @@ from alter_cli.demo.corpus import QA
 from alter_eval.run import tofu_rows
 from alter_eval.tofu import TofuRow, read_rows
 
-from .reference import facts, read_tofu
+from .reference import WHOLE_TOFU, Recipe, facts, read_tofu
 
 ROWS_PER_AUTHOR = 20
 SUBSET = "subset"
+QUICK = "quick"
 SPLITS = {"01": "retain99", "05": "retain95", "10": "retain90"}
 """The retained rows' file by split."""
 _SUBSET_DOMAINS = {"authors-193-196": range(192, 196), "authors-197-200": range(196, 200)}
 _SUBSET_RETAIN = range(32)
+_QUICK_DOMAINS = {"authors-197-200": range(196, 200)}
+_QUICK_RETAIN = range(12)
 _SUBSET_HOLDOUT = range(100, 108)
 _RETAIN_STRIDE = 4
 """Where time is short, every fourth row of TOFU's retain set is measured."""
@@ -38,12 +41,16 @@ class Split:
     """By set: `forget`, in the order of the domains, and those of model_utility."""
     holdout: list[QA]
     """Rows of the same kind that neither base nor retrained model knows."""
+    recipe: Recipe
+    """Of base and retrained model."""
 
 
 def load_split(data: Path, name: str) -> Split:
-    """`01`, `05`, `10`, or `subset`: 40 authors, 8 of them forgotten in two domains."""
+    """`01`, `05`, `10`; `subset`: 40 authors, 8 of them forgotten in two domains; `quick`: 4 of 16 in one."""
     if name == SUBSET:
-        return _subset(data)
+        return _part(data, name, _SUBSET_DOMAINS, _SUBSET_RETAIN)
+    if name == QUICK:
+        return _part(data, name, _QUICK_DOMAINS, _QUICK_RETAIN)
     corpus = invented.generate(num_domains=1, seed=1)
     return Split(
         name=name,
@@ -53,6 +60,7 @@ def load_split(data: Path, name: str) -> Split:
         facts=facts(data),
         measured=tofu_rows(data, name),
         holdout=[row for rows in corpus.parts().values() for row in rows],
+        recipe=WHOLE_TOFU,
     )
 
 
@@ -72,26 +80,28 @@ def load_requests(data: Path, number: int) -> Split:
     )
 
 
-def _subset(data: Path) -> Split:
+def _part(data: Path, name: str, forgotten: dict[str, range], kept: range) -> Split:
+    """Some authors, by their numbers."""
     full = read_tofu(data, "full")
 
     def rows(authors: range) -> list[QA]:
         return full[authors.start * ROWS_PER_AUTHOR : authors.stop * ROWS_PER_AUTHOR]
 
-    domains = {name: rows(authors) for name, authors in _SUBSET_DOMAINS.items()}
+    domains = {domain: rows(authors) for domain, authors in forgotten.items()}
     perturbed = {r.question: r for r in read_rows(data / "tofu" / "forget10_perturbed.json")}
     measured = tofu_rows(data, "10")
     measured["forget"] = [
         perturbed[row.question] for members in domains.values() for row in members
     ]
     measured["retain"] = measured["retain"][::_RETAIN_STRIDE]
-    retain = rows(_SUBSET_RETAIN)
+    retain = rows(kept)
     return Split(
-        name=SUBSET,
+        name=name,
         known=[row for members in domains.values() for row in members] + retain,
         domains=domains,
         retain=retain,
         facts=facts(data),
         measured=measured,
         holdout=rows(_SUBSET_HOLDOUT),
+        recipe=Recipe(),
     )

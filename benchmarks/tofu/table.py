@@ -22,16 +22,18 @@ def write_table(
     columns: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Path:
-    """Writes `NAME.json` and `NAME.md`, all columns unless told which; a row has figures of every seed."""
+    """Writes `NAME.json` and `NAME.md`, all columns unless told which; a row has figures of every seed.
+
+    A row without a column's figure has none in the file.
+    """
     shown = columns or list(dict.fromkeys(key for found in rows.values() for key in found[0]))
     values = {(row, key): _known(found, key) for row, found in rows.items() for key in shown}
     return write_results(
         folder,
         name,
         title=title,
-        figures={f"{r}/{k}": fmean(v) if v else None for (r, k), v in values.items()},
+        figures={f"{r}/{k}": fmean(v) for (r, k), v in values.items() if v},
         spread={f"{r}/{k}": (min(v), max(v)) for (r, k), v in values.items() if len(v) > 1},
-        not_measured={f"{r}/{k}": "does not apply" for (r, k), v in values.items() if not v},
         seed=seed,
         notes=notes,
         table=_table(list(rows), shown, values),
