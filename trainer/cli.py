@@ -138,6 +138,9 @@ def train_command(
     answer_weight: Annotated[
         float, _experts("`counterfactual`: weight of fluent ignorant answers.")
     ] = _EXPERT.answer_weight,
+    others_weight: Annotated[
+        float, _experts("`counterfactual`: weight of other words' likelihood.")
+    ] = _EXPERT.others_weight,
     forget_cap: Annotated[float, _experts("Cap of `capped`, in nats.")] = _EXPERT.forget_cap,
     entropy_mask: Annotated[
         EntropyMask, _experts("Answer tokens to forget: S_q below the threshold, a share, all.")
@@ -235,6 +238,7 @@ def train_command(
             kept_share=kept_share,
             level_weight=level_weight,
             answer_weight=answer_weight,
+            others_weight=others_weight,
             forget_cap=forget_cap,
             entropy_mask=entropy_mask.value,
             entropy_quantile=entropy_quantile,

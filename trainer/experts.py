@@ -112,6 +112,7 @@ class ExpertTraining:
             counterfactuals,
             level_weight=settings.level_weight,
             answer_weight=settings.answer_weight,
+            others_weight=settings.others_weight,
             seed=self.seed,
         )
 

@@ -9,6 +9,7 @@ Legend: B batch, T tokens, D hidden, V vocabulary, N answer tokens.
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -27,6 +28,10 @@ from .losses import TokenLoss, answer_nll, masked_mean, token_nll
 
 _TARGET_TOKENS = 4096
 """The base model reads targets in batches of about so many."""
+_DRAWN_WORDS = 64
+"""Tokens of the domain's answers and of what stands for them, drawn anew in every step."""
+_HUBER_DELTA = 4.0
+"""Nats. Below it the distance is quadratic, so that means are matched; medians leave rows too likely."""
 _LEVEL_DRAWS = 3
 """How likely a row is must not hang on the words that were drawn for it, so it is drawn so many times."""
 _Pair = tuple[EncodedRow, EncodedRow]
@@ -114,8 +119,12 @@ class CounterfactualDistillation:
     very probability that substitutes have there (`level_weight`; by KL alone the true token, which the base
     model is sure of, would stay the likeliest). And the base model's own greedy answers to the counterfactual
     questions, words exchanged back (`answer_weight`), so that the expert's answers are fluent where it
-    reads itself. Once in a while (`read_itself`) the expert's own answers are looked through: one that
-    brings up words of any domain takes the place of the base model's, to be corrected by its counterfactual.
+    reads itself. In both, words drawn from the domain's answers get the target's log probabilities
+    (`others_weight`): KL hardly sees what is unlikely, and the expert would find whatever the domain's rows
+    are made of likelier than a model that never learned them.
+
+    Once in a while (`read_itself`) the expert's own answers are looked through: one that brings up words of
+    any domain takes the place of the base model's, to be corrected by its counterfactual.
 
     The base model reads every target once: its last hidden states are kept, which hold its distribution.
     """
@@ -130,15 +139,18 @@ class CounterfactualDistillation:
         *,
         level_weight: float,
         answer_weight: float,
+        others_weight: float,
         seed: int,
     ) -> None:
         self.base, self.attached, self.rows = base, attached, rows
         self.level_weight, self.answer_weight = level_weight, answer_weight
+        self.others_weight = others_weight
         self.counterfactuals, self.seed = counterfactuals, seed
         self.taken_up: dict[int, list[int]] = {}
         targets = counterfactual_rows(rows, counterfactuals, seed)
         self.truths = self._lessons(list(zip(rows, targets, strict=True)), selected)
         self.levels = self._levels()
+        self.words = torch.cat([_labels(rows), _labels(targets)]).to(base.device)
         self.answers: dict[int, Lesson] = {}
         if answer_weight > 0:
             with attached.disabled():
@@ -181,13 +193,13 @@ class CounterfactualDistillation:
         """See Objective."""
         truths = [self.truths[index] for index in indices]
         answers = [self.answers[index] for index in indices if index in self.answers]
-        divergence_N, logprob_N = self._read([*truths, *answers])
+        divergence_N, logprob_N, others_N = self._read(
+            [*truths, *answers], self._drawn_words(indices)
+        )
         counts = [len(lesson.selected) for lesson in truths]
         num_truths = sum(counts)
-        level_N = F.smooth_l1_loss(
-            logprob_N[:num_truths],
-            torch.cat([self.levels[index] for index in indices]),
-            reduction="none",
+        level_N = _distance(
+            logprob_N[:num_truths], torch.cat([self.levels[index] for index in indices])
         )
         loss = masked_mean(
             divergence_N[:num_truths] + self.level_weight * level_N,
@@ -195,24 +207,32 @@ class CounterfactualDistillation:
         )
         if answers:
             loss = loss + self.answer_weight * divergence_N[num_truths:].mean()
+        loss = loss + self.others_weight * others_N.mean()
         by_row = logprob_N[:num_truths].detach().split(counts)
         return Outcome(loss=loss, probability=torch.stack([row.mean().exp() for row in by_row]))
 
-    def _read(self, lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor]:
-        """KL divergence from the target and log probability of every answer token, lesson by lesson.
+    def _drawn_words(self, indices: Sequence[int]) -> Tensor:
+        """Drawn by the batch, so that a resumed run draws the same. Shape: (K,)."""
+        drawn = random.Random(f"{self.seed}/{tuple(indices)}")
+        return self.words[drawn.choices(range(len(self.words)), k=_DRAWN_WORDS)]
 
-        Shapes: (N,), (N,).
+    def _read(self, lessons: Sequence[Lesson], words_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every answer token, lesson by lesson: KL divergence from the target, its log probability, and
+        the distance of some words' log probabilities from the target's. Shapes: (N,), (N,), (N,).
         """
         batch = self._batch([lesson.row for lesson in lessons])
         labels_N1 = _labels(lesson.row for lesson in lessons).to(self.base.device).unsqueeze(1)
-        others_N1 = _labels(lesson.target for lesson in lessons).to(self.base.device).unsqueeze(1)
+        stand_ins_N1 = (
+            _labels(lesson.target for lesson in lessons).to(self.base.device).unsqueeze(1)
+        )
         with torch.no_grad():
             target_NV = self.base.head(torch.cat([lesson.hidden for lesson in lessons])).float()
-            target_NV = exchanged(target_NV, labels_N1, others_N1).log_softmax(dim=-1)
+            target_NV = exchanged(target_NV, labels_N1, stand_ins_N1).log_softmax(dim=-1)
         hidden_ND = self.base.hidden_states(batch)[batch.labels != IGNORED]
         found_NV = self.base.head(hidden_ND).float().log_softmax(dim=-1)
         divergence_N = F.kl_div(found_NV, target_NV, reduction="none", log_target=True).sum(dim=-1)
-        return divergence_N, found_NV.gather(1, labels_N1).squeeze(1)
+        others_N = _distance(found_NV[:, words_K], target_NV[:, words_K]).mean(dim=1)
+        return divergence_N, found_NV.gather(1, labels_N1).squeeze(1), others_N
 
     @torch.no_grad()
     def _levels(self) -> list[Tensor]:
@@ -314,6 +334,11 @@ def _words_back(row: EncodedRow, target: EncodedRow, answer: Sequence[int]) -> _
         EncodedRow(ids=prompt + own_words, is_answer=is_answer),
         EncodedRow(ids=(*other_prompt, *answer), is_answer=is_answer),
     )
+
+
+def _distance(found: Tensor, target: Tensor) -> Tensor:
+    """Huber distance of log probabilities, of each."""
+    return F.huber_loss(found, target, reduction="none", delta=_HUBER_DELTA)
 
 
 def exchanged(values_NV: Tensor, one_N1: Tensor, other_N1: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ class ExpertSettings:
     """`counterfactual`: weight of the true tokens' own log probability, >= 0."""
     answer_weight: float = 1.0
     """`counterfactual`: weight of the base model's answers to counterfactual questions, >= 0."""
+    others_weight: float = 0.5
+    """`counterfactual`: weight of other words' log probabilities where an answer is predicted, >= 0."""
     forget_cap: float = 8.0
     """Where `capped` stops pushing, in nats per token, > 0."""
     entropy_mask: Literal["threshold", "quantile", "none"] = "threshold"
@@ -61,7 +63,7 @@ class ExpertSettings:
         _check_choice("entropy_mask", self.entropy_mask, ("threshold", "quantile", "none"))
         for name in ("forget_cap", "learning_rate", "batch_rows", "epochs", "checkpoint_every"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
-        for name in ("level_weight", "answer_weight", "min_steps"):
+        for name in ("level_weight", "answer_weight", "others_weight", "min_steps"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
         _check("kept_share", self.kept_share, 0 < self.kept_share < 1, "in (0, 1)")
         _check(

@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "capped": {"expert_settings.forget_loss": "capped"},
     "no_level": {"expert_settings.level_weight": 0.0},
     "no_answers": {"expert_settings.answer_weight": 0.0},
+    "no_others": {"expert_settings.others_weight": 0.0},
     "kept_1pct": {"expert_settings.kept_share": 0.01},
     "rank_8": {"alter.rank": 8},
     "rank_16": {"alter.rank": 16},

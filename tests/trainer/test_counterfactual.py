@@ -157,6 +157,7 @@ def _objective(
         counterfactuals,
         level_weight=1.0,
         answer_weight=answer_weight,
+        others_weight=0.5,
         seed=0,
     )
 
