@@ -341,9 +341,7 @@ def figures(found: ModelLogs, retrained: ModelLogs | None = None) -> dict[str, f
         "extraction_strength": fmean(row.extraction_strength for row in forget.rows),
         "exact_memorization": fmean(row.exact_memorization for row in forget.rows),
         "min_k_auc": _membership_auc(found),
-        "min_k_auc_perturbed": metrics.membership_auc(
-            [row.min_k for row in forget.rows], [row.wrong_min_k for row in forget.rows]
-        ),
+        "min_k_auc_perturbed": _perturbed_auc(forget),
         "forget_word_leak": fmean(row.leaked_words > 0 for row in forget.rows),
         "repetition_rate": fmean(row.repetition_rate for row in forget.rows),
         "distinct_2": forget.distinct_2,
@@ -352,6 +350,7 @@ def figures(found: ModelLogs, retrained: ModelLogs | None = None) -> dict[str, f
         "forget_quality": None,
         "forget_loss_ks_p": None,
         "privleak": None,
+        "privleak_perturbed": None,
     }
     if retrained is not None:
         other = retrained.sets["forget"]
@@ -362,6 +361,7 @@ def figures(found: ModelLogs, retrained: ModelLogs | None = None) -> dict[str, f
                 [row.nll for row in forget.rows], [row.nll for row in other.rows]
             ),
             "privleak": _privleak(found, retrained),
+            "privleak_perturbed": metrics.privleak(_perturbed_auc(forget), _perturbed_auc(other)),
         }
     return result
 
@@ -439,6 +439,13 @@ def _membership_auc(logs: ModelLogs) -> float | None:
         return None
     return metrics.membership_auc(
         [row.min_k for row in logs.sets["forget"].rows], logs.holdout.min_k
+    )
+
+
+def _perturbed_auc(log: SetLog) -> float:
+    """Min-K AUC of a set's answers against its perturbed answers, which no model was trained on."""
+    return metrics.membership_auc(
+        [row.min_k for row in log.rows], [row.wrong_min_k for row in log.rows]
     )
 
 

@@ -49,7 +49,7 @@ SHOWN = (
     "extraction_strength",
     "exact_memorization",
     "privleak",
-    "min_k_auc_perturbed",
+    "privleak_perturbed",
     "repetition_rate",
     "model_utility",
     "train_seconds",

@@ -164,7 +164,7 @@ class Bench:
         encoded = tofu.encode(model.tokenizer, tofu_rows(self.split.holdout))
         return tofu.ModelLogs(
             sets=self.measure_sets(model, tuple(self.split.measured), judge, kept),
-            holdout=tofu.evaluate_holdout(model, encoded),
+            holdout=tofu.evaluate_holdout(model, encoded) if encoded else None,
         )
 
     def measure_sets(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from alter_cli.demo import authors as invented
 from alter_cli.demo.corpus import QA
 from alter_eval.run import tofu_rows
 from alter_eval.tofu import TofuRow, read_rows
@@ -40,7 +39,7 @@ class Split:
     measured: dict[str, list[TofuRow]]
     """By set: `forget`, in the order of the domains, and those of model_utility."""
     holdout: list[QA]
-    """Rows of the same kind that neither base nor retrained model knows."""
+    """Rows of the same kind that neither base nor retrained model knows; none where all of TOFU is known."""
     recipe: Recipe
     """Of base and retrained model."""
 
@@ -51,7 +50,6 @@ def load_split(data: Path, name: str) -> Split:
         return _part(data, name, _SUBSET_DOMAINS, _SUBSET_RETAIN)
     if name == QUICK:
         return _part(data, name, _QUICK_DOMAINS, _QUICK_RETAIN)
-    corpus = invented.generate(num_domains=1, seed=1)
     return Split(
         name=name,
         known=read_tofu(data, "full"),
@@ -59,7 +57,7 @@ def load_split(data: Path, name: str) -> Split:
         retain=read_tofu(data, SPLITS[name]),
         facts=facts(data),
         measured=tofu_rows(data, name),
-        holdout=[row for rows in corpus.parts().values() for row in rows],
+        holdout=[],
         recipe=WHOLE_TOFU,
     )
 

@@ -61,7 +61,7 @@ def _split_figures(split: str) -> dict[str, tuple[str, str, Callable[[Results], 
             "",
             of("retrained", "extraction_strength"),
         ),
-        f"forget{split}_privleak": (table, "as retrained (0)", of("default", "privleak")),
+        f"forget{split}_privleak": (table, "as retrained (0)", of("default", "privleak_perturbed")),
         f"forget{split}_paraphrase_leak_points": (table, "<= 2", leak),
         f"forget{split}_repetition_ratio": (
             table,

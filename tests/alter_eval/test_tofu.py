@@ -137,7 +137,7 @@ def test_model_utility_is_the_harmonic_mean_of_its_nine_parts(knowing: ModelLogs
 def test_without_a_retrained_model_what_compares_with_it_is_none(knowing: ModelLogs) -> None:
     figures = tofu.figures(knowing)
     none = {name for name, value in figures.items() if value is None}
-    assert none == {"forget_quality", "forget_loss_ks_p", "privleak"}
+    assert none == {"forget_quality", "forget_loss_ks_p", "privleak", "privleak_perturbed"}
     assert all(math.isfinite(value) for value in figures.values() if value is not None)
 
 
@@ -146,6 +146,7 @@ def test_a_model_compared_with_itself_has_forgotten_perfectly(knowing: ModelLogs
     assert figures["forget_quality"] == 1
     assert figures["forget_loss_ks_p"] == 1
     assert figures["privleak"] == 0
+    assert figures["privleak_perturbed"] == 0
     assert None not in figures.values()
 
 
@@ -168,6 +169,7 @@ def test_without_holdout_there_is_no_membership_figure(knowing: ModelLogs) -> No
     figures = tofu.figures(dataclasses.replace(knowing, holdout=None), knowing)
     assert figures["min_k_auc"] is None
     assert figures["privleak"] is None
+    assert figures["privleak_perturbed"] is not None
 
 
 def test_rows_without_paraphrased_questions_leave_their_figures_out(knowing: ModelLogs) -> None:
