@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from alter_core.config import AlterConfig
+from alter_core.errors import TrainingError
 from alter_core.sites import default_tap_layer
 from alter_eval import tofu
 from alter_eval.data import default_data_dir
@@ -203,9 +204,14 @@ def main() -> None:
     probes = Probes(Bench(load_split(data, options.split), data), data)
     rows: dict[str, list[Figures]] = {}
     detectors: dict[str, Detector] = {}
+    refused: dict[str, str] = {}
     for name in options.variants.split(","):
         seeds = range(options.seeds if name == DEFAULT else 1)
-        found = [probes.head(VARIANTS[name], seed) for seed in seeds]
+        try:
+            found = [probes.head(VARIANTS[name], seed) for seed in seeds]
+        except TrainingError as error:
+            refused[name] = error.what
+            continue
         detectors[name] = found[0]
         rows[name] = [probes.figures(detect) for detect in found]
         print(name, rows[name][0], flush=True)
@@ -221,6 +227,7 @@ def main() -> None:
             notes={
                 "split": options.split,
                 "questions": {kind: len(asked) for kind, asked in probes.asked.items()},
+                "refused": refused,
                 "seeds": f"{options.seeds} of {DEFAULT}, 1 of every variant",
             },
         )
