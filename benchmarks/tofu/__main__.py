@@ -3,25 +3,24 @@
     python -m benchmarks.tofu --split subset            every variant, docs/results/tofu-subset.{json,md}
     python -m benchmarks.tofu --split 10 --variants default --seeds 3
 
-Each variant trains its experts anew. Base and retrained models come from the cache in `build/tofu`, or are
-trained first: 5 to 6 minutes each for the subset on 2 cores, much longer for 01, 05 and 10 (all 4,000 rows).
+Experts come from the cache in `build/tofu` if the trainer's code has not changed; base and retrained models too,
+or they are trained first: 5 to 6 minutes each for the subset on 2 quiet cores, about 25 for 01, 05 and 10.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
 
 from alter_eval import tofu
 from alter_eval.data import default_data_dir
 
 from .experiment import Bench, Figures
+from .options import parsed, table_parser
 from .splits import QUICK, SPLITS, SUBSET, load_split
 from .table import write_table
 
@@ -59,17 +58,13 @@ QUICK_VARIANTS = ("default", "ihl")
 
 def main() -> None:
     """Measures the variants and writes `tofu-SPLIT.json`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=(SUBSET, *SPLITS), default=SUBSET)
+    parser = table_parser(__doc__, (SUBSET, *SPLITS), SUBSET)
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument(
         "--quick", action="store_true", help="16 authors, two variants, written to build/"
     )
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     names = QUICK_VARIANTS if options.quick else options.variants.split(",")
     split = QUICK if options.quick else options.split
     data = default_data_dir()

@@ -8,7 +8,6 @@ without the attack; a leak is what is above the retrained model under the same a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from trainer.evaluation import rouge_l_recall
 from trainer.losses import answer_nll
 
 from .experiment import Bench, Figures, attached
+from .options import parsed, table_parser
 from .probes import INJECTION, prompts
 from .splits import SPLITS, load_split
 from .table import write_table
@@ -176,13 +176,9 @@ def run(attacked: Attacked) -> dict[str, list[Figures]]:
 
 def main() -> None:
     """Attacks both models and writes `tofu-attacks`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=SPLITS, default="10")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = table_parser(__doc__, tuple(SPLITS), "10")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     data = default_data_dir()
     attacked = Attacked(Bench(load_split(data, options.split), data), data, options.seed)
     path = write_table(

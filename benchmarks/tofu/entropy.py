@@ -8,7 +8,6 @@ two modes leave the middle empty. Sarle's bimodality coefficient is above 5/9 wh
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from trainer.dataset import EncodedRow, encode_rows, read_rows
 from trainer.entropy_pass import run_entropy_pass
 
 from .experiment import Bench, Figures, attached
+from .options import parsed, table_parser
 from .probes import LONG_TOKENS, long_windows
 from .splits import SPLITS, SUBSET, load_split
 from .table import write_table
@@ -135,13 +135,9 @@ def plot(path: Path, found: Mapping[str, Values], threshold: float) -> None:
 
 def main() -> None:
     """Measures entropies before and after unlearning and writes `tofu-entropy`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=(SUBSET, *SPLITS), default="10")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = table_parser(__doc__, (SUBSET, *SPLITS), "10")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     data = default_data_dir()
     bench = Bench(load_split(data, options.split), data)
     trained = bench.train({}, options.seed)

@@ -8,7 +8,6 @@ without the expert; a false alarm is a token of other text that is routed.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from trainer.router import EvidenceSettings, train_evidence
 from trainer.substrate import initial_substrate, normalised_embeddings
 
 from .experiment import Bench, Figures
+from .options import parsed, table_parser
 from .probes import authors_of, conversations, long_windows, prompts, questions
 from .splits import SPLITS, SUBSET, load_split
 from .table import write_table
@@ -192,14 +192,10 @@ def _share(flags: Iterable[Any]) -> float:
 
 def main() -> None:
     """Measures every variant and writes `tofu-router`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=(SUBSET, *SPLITS), default="10")
+    parser = table_parser(__doc__, (SUBSET, *SPLITS), "10")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=1, help="of the default; variants have one")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     data = default_data_dir()
     probes = Probes(Bench(load_split(data, options.split), data), data)
     rows: dict[str, list[Figures]] = {}
@@ -217,7 +213,8 @@ def main() -> None:
         print(name, rows[name][0], flush=True)
     states = probes.mid_depth(seed=0)
     rows[MID_DEPTH] = [probes.figures(states)]
-    rows[COMBINED] = [probes.figures(_either(detectors[DEFAULT], states))]
+    if DEFAULT in detectors:
+        rows[COMBINED] = [probes.figures(_either(detectors[DEFAULT], states))]
     print(
         write_table(
             options.out,

@@ -8,7 +8,6 @@ later expert is trained alone on it, as a server takes it while the earlier ones
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from statistics import fmean
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
 
 from alter_eval import metrics, tofu
 from alter_eval.data import default_data_dir
@@ -24,6 +22,7 @@ from alter_eval.models import TransformersModel
 from trainer.base_model import load_base_model
 
 from .experiment import Bench, Figures, attached
+from .options import parsed, table_parser
 from .splits import load_requests
 from .table import write_table
 
@@ -127,13 +126,10 @@ def _rouge(log: tofu.SetLog) -> float:
 
 def main() -> None:
     """Trains the experts and writes both tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = table_parser(__doc__)
     parser.add_argument("--requests", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     data = default_data_dir()
     bench = Bench(load_requests(data, options.requests), data)
     requests = Requests(bench, options.seed)

@@ -9,7 +9,6 @@ they need a retain term beside the forget term, which is ALTER's; ALTER needs a 
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -40,6 +39,7 @@ from trainer.settings import ExpertSettings
 from trainer.substrate import initial_substrate, normalised_embeddings
 
 from .experiment import Bench, Figures
+from .options import parsed, table_parser
 from .splits import SPLITS, SUBSET, load_split
 from .table import write_table
 
@@ -199,14 +199,10 @@ class Timing:
 
 def main() -> None:
     """Times every method and writes `tofu-timing`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=(SUBSET, *SPLITS), default="10")
+    parser = table_parser(__doc__, (SUBSET, *SPLITS), "10")
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     data = default_data_dir()
     timing = Timing(Bench(load_split(data, options.split), data), options.epochs, options.seed)
     last = timing.base.info.num_layers - 1

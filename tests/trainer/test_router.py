@@ -116,3 +116,10 @@ def test_literal_scalar_router_routes_everything_or_nothing() -> None:
     weight = train_scalar_weight(domain, negatives)
     assert weight < 0
     assert not (weight * torch.cat([domain, negatives]) > 0).any()
+
+
+def test_a_larger_domain_gets_more_steps_and_a_small_one_no_fewer() -> None:
+    row = EncodedRow(ids=tuple(range(100)), is_answer=(False,) * 50 + (True,) * 50)
+    settings = EvidenceSettings(full_tokens=1_000)
+    assert settings.scaled([row] * 5).num_steps == settings.num_steps
+    assert settings.scaled([row] * 30).num_steps == 3 * settings.num_steps
