@@ -3,8 +3,8 @@
     python -m benchmarks.tofu --split subset            every variant, docs/results/tofu-subset.{json,md}
     python -m benchmarks.tofu --split 10 --variants default --seeds 3
 
-Experts come from the cache in `build/tofu` if the trainer's code has not changed; base and retrained models too,
-or they are trained first: 5 to 6 minutes each for the subset on 2 quiet cores, about 25 for 01, 05 and 10.
+Experts come from the cache in `build/tofu` if the trainer's code has not changed; base and retrained models
+too, or they are trained first: 5 to 6 minutes each for the subset on 2 cores, about 25 for 01, 05 and 10.
 """
 
 from __future__ import annotations
