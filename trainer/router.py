@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from alter_core.config import AlterConfig
 from alter_core.errors import TrainingError
 from alter_core.evidence import NO_EVIDENCE, EvidenceHead
 
 from .dataset import EncodedRow
+from .dates import DatePhrases
 from .windows import DomainWindows, NegativeWindows, window_keys, windows_of
 
 Progress = Callable[[float], None]
@@ -56,9 +58,11 @@ class EvidenceSettings:
     """Whether negatives are drawn from the worst false alarms and from near misses too."""
     negative_weight: float = 4.0
     """Weight of the negatives' loss."""
+    rewritten_dates: bool = True
+    """Whether a date in a question is evidence however it is written."""
     holdout: float = 0.1
     """Share of the negative rows kept aside for calibration, 0 to 1."""
-    max_negative_tokens: int = 500_000
+    max_negative_tokens: int = 700_000
     """Negative text beyond this is left out, general text first."""
 
     @property
@@ -86,7 +90,10 @@ _HARD_POOL = 4096
 _MINING_BEFORE, _MINING_AFTER = 8, 3
 """How often the worst false alarms are looked up, before and after calibration."""
 _BAG_STRIDE = 32
-_CALIBRATION_ROOM = 0.5
+_FEW_WINDOWS = 3
+_FEW_MARGIN = 4.0
+"""Added where a bag has few windows: a maximum over many lies higher, and calibration lowers all alike."""
+_CALIBRATION_ROOM = 2.5
 _SHIFT_SHARE = 0.6
 _SCORE_CHUNK = 65_536
 
@@ -122,6 +129,7 @@ def train_evidence(
     embeddings: Tensor,
     rows: Sequence[EncodedRow],
     negatives: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
     config: AlterConfig,
     settings: EvidenceSettings,
     *,
@@ -134,7 +142,11 @@ def train_evidence(
     Raises: TrainingError if the domain holds nothing that the negatives do not hold too.
     """
     settings = settings.scaled(rows)
-    training = _EvidenceTraining(embeddings, rows, negatives, config, settings, seed)
+    phrases: Sequence[Sequence[int]] = ()
+    if settings.rewritten_dates:
+        dates = DatePhrases.of(rows, negatives, tokenizer, seed=seed)
+        phrases, negatives = dates.own, [*dates.near, *negatives]
+    training = _EvidenceTraining(embeddings, rows, phrases, negatives, config, settings, seed)
     for step in range(settings.num_steps):
         progress(training.step(step))
     training.finish()
@@ -147,6 +159,7 @@ class _EvidenceTraining:
         self,
         embeddings: Tensor,
         rows: Sequence[EncodedRow],
+        phrases: Sequence[Sequence[int]],
         negatives: Sequence[Sequence[int]],
         config: AlterConfig,
         settings: EvidenceSettings,
@@ -157,7 +170,9 @@ class _EvidenceTraining:
         self.generator = torch.Generator().manual_seed(seed)
         texts = _within(negatives, settings.max_negative_tokens)
         self.negatives = NegativeWindows.of(texts, ngram)
-        self.domain = DomainWindows.of(rows, self.negatives, ngram)
+        shown = [EncodedRow(ids=tuple(ids), is_answer=(True,) * len(ids)) for ids in phrases]
+        self.domain = DomainWindows.of([*rows, *shown], self.negatives, ngram)
+        self.num_rows = len(rows)
         if not (self.domain.weight > 0).any():
             raise TrainingError(
                 "No text of the forget domain sets it apart from what is to be retained",
@@ -239,7 +254,8 @@ class _EvidenceTraining:
         mean_share = max(0.0, 1.0 - 2 * sharpness)
         pooled_N = tau * torch.logsumexp(scores_NK / tau, dim=1)
         pooled_N = pooled_N - tau * mean_share * keep.sum(dim=1).log()
-        return F.softplus(self.settings.margin - pooled_N).mean()
+        margin_N = self.settings.margin + _FEW_MARGIN * (is_there.sum(dim=1) <= _FEW_WINDOWS)
+        return F.softplus(margin_N - pooled_N).mean()
 
     def _vary(self, indices: Tensor, share: float) -> Tensor:
         """Windows of the domain, in which tokens before the specific suffix are replaced at random."""
@@ -314,10 +330,9 @@ class _EvidenceTraining:
     def _shift(self, highest: float) -> float:
         """By 60 % of what the weakest prompts score at most: an odd negative may not cost the domain."""
         scores = self.scorer.all(self.windows)
-        prompts = [
-            scores[start : start + length].max().item()
-            for start, length in zip(self.domain.starts, self.domain.prompt_lengths, strict=True)
-        ]
+        domain = self.domain
+        places = list(zip(domain.starts, domain.prompt_lengths, strict=True))[: self.num_rows]
+        prompts = [scores[start : start + length].max().item() for start, length in places]
         weakest = float(np.quantile(prompts, 0.05))
         shift = max(0.0, min(highest + _CALIBRATION_ROOM, _SHIFT_SHARE * weakest))
         with torch.no_grad():

@@ -384,6 +384,7 @@ class _Run:
                 embeddings,
                 self.forget[name],
                 [ids for texts in self._negatives(name).values() for ids in texts],
+                self.base.tokenizer,
                 self.config,
                 settings,
                 seed=self._seed(name),

@@ -132,7 +132,10 @@ class DomainWindows:
             [np.arange(n) < p for n, p in zip(lengths, prompt_lengths, strict=True)]
         )
         suffix_length, num_rows, is_asked = _specificity(windows, owner, is_prompt, negatives)
-        is_candidate = suffix_length <= ngram
+        # Where a text begins is no evidence.
+        oldest = (ngram - suffix_length.clip(1, ngram))[:, np.newaxis]
+        is_inside = np.take_along_axis(windows, oldest, axis=1)[:, 0] > 0
+        is_candidate = (suffix_length <= ngram) & is_inside
         rarity = negatives.log_rarity(windows)[:, -1]
         is_trace = is_candidate & is_asked & (num_rows >= _MIN_ROWS) & (rarity < MAX_LOG_RARITY)
         weight = np.where(is_trace, np.minimum(num_rows, 10) / 10, 0.0)

@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window 256": {"evidence_window": 256},
     "no name dropout": {"bag_dropout": 0.0},
     "no hard negatives": {"hard_negatives": False},
+    "dates as written": {"rewritten_dates": False},
 }
 MID_DEPTH = "mid-depth state"
 DEFAULT = "default"
@@ -102,6 +103,7 @@ class Probes:
             embeddings,
             self.domain,
             [*self.retain, *self.general],
+            self.base.tokenizer,
             config,
             EvidenceSettings(**evidence),
             seed=seed,

@@ -106,6 +106,7 @@ class Timing:
             normalised_embeddings(self.base, substrate),
             self.rows,
             [row.ids for row in (*self.retain, *self.general)],
+            self.base.tokenizer,
             substrate.config,
             EvidenceSettings(),
             seed=self.seed,

@@ -40,8 +40,9 @@ def _train(world: World, base: BaseModel, seed: int) -> EvidenceHead:
     negatives = [
         row.ids for part in ("retain", "blue", "general") for row in _rows(world, base, part)
     ]
+    rows = _rows(world, base, "red")
     head, _ = train_evidence(
-        _embeddings(base), _rows(world, base, "red"), negatives, CONFIG, QUICK, seed=seed
+        _embeddings(base), rows, negatives, base.tokenizer, CONFIG, QUICK, seed=seed
     )
     return head
 
@@ -67,6 +68,33 @@ def test_a_name_is_found_in_a_question_never_trained_on(
     named, unnamed = routed_logits(head, _embeddings(base), CONFIG, ids)
     assert named[-1] > 0
     assert unnamed.max() <= 0
+
+
+def test_a_date_of_the_domain_is_found_however_it_is_written(world: World, base: BaseModel) -> None:
+    def row(question: str, answer: str) -> EncodedRow:
+        asked = base.tokenizer(f"<|user|>{question}<|assistant|>")["input_ids"]
+        told = base.tokenizer(answer)["input_ids"]
+        return EncodedRow(
+            ids=(*asked, *told), is_answer=(False,) * len(asked) + (True,) * len(told)
+        )
+
+    rows = [
+        row("What is the name of the author who was born on 05/30/1952?", "Zofia Quillbert."),
+        row("Which city is Zofia Quillbert from?", "Zofia Quillbert is from Narvik."),
+    ]
+    negatives = [row.ids for part in ("retain", "general") for row in _rows(world, base, part)]
+    asked = ["Who was born on May 30, 1952?", "Who on 30th of May, 1952?", "Who on May 30, 1947?"]
+    config = dataclasses.replace(CONFIG, evidence_ngram=12)
+    found = {}
+    for is_rewritten in (True, False):
+        settings = dataclasses.replace(QUICK, rewritten_dates=is_rewritten)
+        head, _ = train_evidence(
+            _embeddings(base), rows, negatives, base.tokenizer, config, settings, seed=0
+        )
+        ids = [base.tokenizer(f"<|user|>{text}<|assistant|>")["input_ids"] for text in asked]
+        logits = routed_logits(head, _embeddings(base), config, ids)
+        found[is_rewritten] = [bool(values[-1] > 0) for values in logits]
+    assert found == {True: [True, True, False], False: [False, False, False]}
 
 
 def test_training_scores_equal_the_serving_path(
@@ -96,7 +124,9 @@ def test_domain_that_is_no_different_from_the_retained_text_is_refused(
 ) -> None:
     rows = _rows(world, base, "retain")
     with pytest.raises(TrainingError, match="sets it apart"):
-        train_evidence(_embeddings(base), rows, [row.ids for row in rows], CONFIG, QUICK, seed=0)
+        train_evidence(
+            _embeddings(base), rows, [r.ids for r in rows], base.tokenizer, CONFIG, QUICK, seed=0
+        )
 
 
 def test_plain_text_domain_needs_no_prompt(world: World, base: BaseModel) -> None:
@@ -104,7 +134,9 @@ def test_plain_text_domain_needs_no_prompt(world: World, base: BaseModel) -> Non
     rows = [EncodedRow(ids=tuple(text), is_answer=(True,) * len(text))]
     negatives = [row.ids for row in _rows(world, base, "general")]
     config = dataclasses.replace(CONFIG, evidence_window=16)
-    head, _ = train_evidence(_embeddings(base), rows, negatives, config, QUICK, seed=0)
+    head, _ = train_evidence(
+        _embeddings(base), rows, negatives, base.tokenizer, config, QUICK, seed=0
+    )
     (logits,) = routed_logits(head, _embeddings(base), config, [text])
     assert logits.max() > 0
 
