@@ -35,8 +35,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rank_8": {"alter.rank": 8},
     "rank_16": {"alter.rank": 16},
     "no_entropy_mask": {"expert_settings.entropy_mask": "none"},
+    "mask_quantile": {"expert_settings.entropy_mask": "quantile"},
+    "threshold_0.3": {"alter.entropy_threshold": 0.3},
+    "threshold_1.9": {"alter.entropy_threshold": 1.9},
+    "q_1.2": {"alter.tsallis_q": 1.2, "alter.entropy_threshold": 2.47},
+    "q_2": {"alter.tsallis_q": 2.0, "alter.entropy_threshold": 0.61},
+    "two_pass": {"alter.entropy_source": "two_pass"},
+    "tap_0": {"alter.tap_layer": 0},
+    "tap_2": {"alter.tap_layer": 2},
+    "tap_3": {"alter.tap_layer": 3},
+    "attention_only": {"alter.target_modules": ["qkv", "o"]},
+    "mlp_only": {"alter.target_modules": ["gate_up", "down"]},
+    "trained_retain": {"alter.retain_expert": "trained"},
+    "a_high_entropy": {"substrate_settings.a_gradient": "high_entropy"},
+    "a_undetached": {"substrate_settings.a_gradient": "undetached"},
+    "structural_term": {
+        "substrate_settings.a_gradient": "high_entropy",
+        "substrate_settings.structure_weight": 0.01,
+    },
+    "scalar_router": {"alter.router": "scalar"},
 }
-"""Settings that differ from the defaults, by variant."""
+"""Settings that differ from the defaults, by variant. Thresholds of other q lie as far up their range."""
 SHOWN = (
     "forget_quality",
     "forget_loss_ks_p",

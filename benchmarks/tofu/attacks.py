@@ -24,11 +24,11 @@ from alter_eval.data import default_data_dir
 from alter_eval.models import TransformersModel
 from trainer.base_model import BaseModel, load_base_model
 from trainer.batches import at_step, make_batch
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow
 from trainer.evaluation import rouge_l_recall
 from trainer.losses import answer_nll
 
-from .experiment import Bench, Figures, attached
+from .experiment import Bench, Figures, attached, encoded_files
 from .options import parsed, table_parser
 from .probes import INJECTION, prompts
 from .splits import SPLITS, load_split
@@ -40,7 +40,6 @@ _RELEARNING_STEPS = 100
 _RELEARNING_ROWS = 8
 _LEARNING_RATE = 1e-4
 _MAX_NEW_TOKENS = 200
-_MAX_TOKENS = 1024
 Prompt = tuple[Sequence[int], Sequence[int]]
 """Token ids of a prompt, and of what it asks for."""
 
@@ -53,14 +52,10 @@ class Attacked:
         trained = bench.train({}, seed)
         self.substrate, self.experts = trained.substrate, list(trained.experts.values())
         self.rows = bench.split.measured["forget"][::_ROW_STRIDE]
-        tokenizer = load_base_model(bench.base_folder).tokenizer
-
-        def encoded(*files: Path) -> list[EncodedRow]:
-            return encode_rows(read_rows(files), tokenizer, max_tokens=_MAX_TOKENS)
-
+        base = load_base_model(bench.base_folder)
         self.benign = {
-            "general text": encoded(bench.general[0]),
-            "retained rows": encoded(bench.retain),
+            "general text": encoded_files(base, bench.general[0]),
+            "retained rows": encoded_files(base, bench.retain),
         }
 
     @contextlib.contextmanager

@@ -26,10 +26,10 @@ from alter_core.entropy import max_tsallis_entropy
 from alter_eval.data import default_data_dir
 from trainer.base_model import BaseModel, load_base_model
 from trainer.batches import sample_rows
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow
 from trainer.entropy_pass import run_entropy_pass
 
-from .experiment import Bench, Figures, attached
+from .experiment import Bench, Figures, attached, encoded_files
 from .options import parsed, table_parser
 from .probes import LONG_TOKENS, long_windows
 from .splits import SPLITS, SUBSET, load_split
@@ -38,7 +38,7 @@ from .table import write_table
 mpl.use("Agg")
 
 _SAMPLE_TOKENS = 30_000
-_MAX_TOKENS = 1024
+_PIECE = 1024
 _BINS = 60
 _WIKI = "WikiText, never seen"
 Values = NDArray[np.float64]
@@ -47,21 +47,20 @@ Values = NDArray[np.float64]
 def text_sets(bench: Bench, data: Path, base: BaseModel) -> dict[str, list[EncodedRow]]:
     """Rows by kind, some 30,000 tokens each."""
 
-    def encoded(*files: Path) -> list[EncodedRow]:
-        rows = encode_rows(read_rows(files), base.tokenizer, max_tokens=_MAX_TOKENS)
-        return sample_rows(rows, _SAMPLE_TOKENS, seed=0)
+    def sampled(*files: Path) -> list[EncodedRow]:
+        return sample_rows(encoded_files(base, *files), _SAMPLE_TOKENS, seed=0)
 
     wiki = (data / "text" / "wikitext2_test.txt").read_text("utf-8")
     pieces = [
-        ids[at : at + _MAX_TOKENS]
+        ids[at : at + _PIECE]
         for ids in long_windows(base.tokenizer, wiki)
-        for at in range(0, LONG_TOKENS, _MAX_TOKENS)
+        for at in range(0, LONG_TOKENS, _PIECE)
     ]
     unseen = [EncodedRow(ids=tuple(ids), is_answer=(True,) * len(ids)) for ids in pieces]
     return {
-        "forgotten": encoded(*bench.files.values()),
-        "retained": encoded(bench.retain),
-        "general, trained on": encoded(bench.general[0]),
+        "forgotten": sampled(*bench.files.values()),
+        "retained": sampled(bench.retain),
+        "general, trained on": sampled(bench.general[0]),
         _WIKI: sample_rows(unseen, _SAMPLE_TOKENS, seed=0),
     }
 

@@ -23,6 +23,7 @@ from alter_eval import tofu
 from alter_eval.models import LanguageModel, TransformersModel, WithoutExperts
 from trainer.base_model import BaseModel, load_base_model
 from trainer.checkpoint import write_atomically
+from trainer.dataset import EncodedRow, encode_rows, read_rows
 from trainer.substrate import on_device
 
 from .reference import CACHE, reference_model
@@ -35,6 +36,7 @@ Figures = dict[str, float | None]
 class Trained:
     """Bundles of a training run."""
 
+    folder: Path
     substrate: Path
     experts: dict[str, Path]
     timings_s: dict[str, float]
@@ -98,7 +100,8 @@ class Bench:
         trained = self.train(changes, seed)
         base = load_base_model(self.base_folder)
         with attached(base, trained.substrate, trained.experts.values()) as model:
-            logs = self.measure(TransformersModel(base), WithoutExperts(base, model))
+            judge = WithoutExperts(base, model)
+            logs = self.measure(TransformersModel(base), judge, kept=trained.folder)
         return tofu.figures(logs, self.retrained_logs) | {"train_seconds": trained.seconds}
 
     def train(
@@ -120,6 +123,7 @@ class Bench:
             trainer.train(self._settings(out, names, substrate, changes, seed))
         timings = json.loads(run_file.read_bytes())["timings_s"]
         return Trained(
+            folder=out,
             substrate=substrate or out / "substrate",
             experts={name: out / name for name in names},
             timings_s=timings,
@@ -203,6 +207,11 @@ def attached(base: BaseModel, substrate: Path, experts: Iterable[Path]) -> Itera
         yield model
     finally:
         model.detach()
+
+
+def encoded_files(base: BaseModel, *files: Path) -> list[EncodedRow]:
+    """The rows of training files as token ids, as `alter train` reads them."""
+    return encode_rows(read_rows(files), base.tokenizer, max_tokens=base.max_tokens)
 
 
 def tofu_rows(rows: Sequence[QA]) -> list[tofu.TofuRow]:

@@ -26,12 +26,12 @@ from alter_core.sites import default_tap_layer
 from alter_eval import tofu
 from alter_eval.data import default_data_dir
 from trainer.base_model import load_base_model
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow
 from trainer.evaluation import routed_logits
 from trainer.router import EvidenceSettings, train_evidence
 from trainer.substrate import initial_substrate, normalised_embeddings
 
-from .experiment import Bench, Figures
+from .experiment import Bench, Figures, encoded_files
 from .options import parsed, table_parser
 from .probes import authors_of, conversations, long_windows, prompts, questions
 from .splits import SPLITS, SUBSET, load_split
@@ -55,7 +55,6 @@ COMBINED = "default or mid-depth state"
 _NEGATIVE_TOKENS = 40_000
 _FALSE_ALARMS = 0.002
 """What the mid-depth classifier is calibrated to, on its own negatives."""
-_MAX_TOKENS = 1024
 
 
 Detector = Callable[[Sequence[Sequence[int]]], list[NDArray[np.bool_]]]
@@ -69,13 +68,9 @@ class Probes:
         self.base = load_base_model(bench.base_folder)
         self.tap_layer = default_tap_layer(self.base.info.num_layers)
         tokenizer, split = self.base.tokenizer, bench.split
-
-        def encoded(*files: Path) -> list[EncodedRow]:
-            return encode_rows(read_rows(files), tokenizer, max_tokens=_MAX_TOKENS)
-
-        self.domain = encoded(next(iter(bench.files.values())))
-        self.retain = [row.ids for row in encoded(bench.retain)]
-        self.general = [row.ids for row in encoded(*bench.general)]
+        self.domain = encoded_files(self.base, next(iter(bench.files.values())))
+        self.retain = [row.ids for row in encoded_files(self.base, bench.retain)]
+        self.general = [row.ids for row in encoded_files(self.base, *bench.general)]
         authors = authors_of(split.measured["forget"][: len(self.domain)], split.retain)
         wiki = (data / "text" / "wikitext2_test.txt").read_text("utf-8")
         self.asked = {

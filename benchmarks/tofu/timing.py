@@ -30,7 +30,7 @@ from alter_eval.data import default_data_dir
 from trainer.base_model import load_base_model
 from trainer.batches import at_step, make_batch
 from trainer.counterfactual import Counterfactuals
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow
 from trainer.entropy_pass import cached_entropy
 from trainer.experts import ExpertTraining, select_answer_tokens
 from trainer.losses import LossTerm, answer_nll
@@ -38,13 +38,12 @@ from trainer.router import EvidenceSettings, train_evidence
 from trainer.settings import ExpertSettings
 from trainer.substrate import initial_substrate, normalised_embeddings
 
-from .experiment import Bench, Figures
+from .experiment import Bench, Figures, encoded_files
 from .options import parsed, table_parser
 from .splits import SPLITS, SUBSET, load_split
 from .table import write_table
 
 _FLOP_STEPS = 3
-_MAX_TOKENS = 1024
 _ASCENT_RATE = 1e-5
 _NEVER_HIGH = 1.99
 """An entropy threshold that no token exceeds, so that an expert acts on every token at weight 1."""
@@ -71,12 +70,9 @@ class Timing:
     def __init__(self, bench: Bench, epochs: int, seed: int) -> None:
         self.bench, self.seed = bench, seed
         self.base = load_base_model(bench.base_folder)
-
-        def encoded(*files: Path) -> list[EncodedRow]:
-            return encode_rows(read_rows(files), self.base.tokenizer, max_tokens=_MAX_TOKENS)
-
-        self.rows = encoded(next(iter(bench.files.values())))
-        self.retain, self.general = encoded(bench.retain), encoded(*bench.general)
+        self.rows = encoded_files(self.base, next(iter(bench.files.values())))
+        self.retain = encoded_files(self.base, bench.retain)
+        self.general = encoded_files(self.base, *bench.general)
         self.settings = ExpertSettings(epochs=epochs, min_steps=0)
         self.num_steps = self.settings.num_steps(len(self.rows))
 
