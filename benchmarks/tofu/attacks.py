@@ -115,11 +115,11 @@ def quantize(base: BaseModel, bits: int) -> None:
     for module in base.model.base_model.modules():
         if isinstance(module, nn.Linear):
             weight = module.weight.detach().float()
-            groups = weight.view(len(weight), -1, min(_GROUP, weight.shape[1]))
+            width = weight.shape[1]
+            groups = nn.functional.pad(weight, (0, -width % _GROUP)).unflatten(1, (-1, _GROUP))
             scale = groups.abs().amax(dim=-1, keepdim=True).clamp_min(1e-9) / (2 ** (bits - 1) - 1)
-            module.weight.data = (
-                ((groups / scale).round() * scale).view_as(weight).to(module.weight)
-            )
+            rounded = ((groups / scale).round() * scale).flatten(1)[:, :width]
+            module.weight.data = rounded.to(module.weight)
 
 
 def relearn(base: BaseModel, rows: Sequence[EncodedRow], seed: int) -> None:
