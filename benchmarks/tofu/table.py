@@ -1,4 +1,4 @@
-"""A results page with one line a variant: means over seeds, spread in the JSON file."""
+"""A results page with one line a variant: means over seeds, lowest and highest behind."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ def _table(
 ) -> str:
     lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for row in rows:
-        cells = [f"{fmean(v):.3g}" if (v := values[row, key]) else "" for key in columns]
+        cells = [_cell(values[row, key]) for key in columns]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean, low, high = (f"{value:.3g}" for value in (fmean(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
