@@ -22,7 +22,7 @@ from alter_eval.data import default_data_dir
 from .experiment import Bench, Figures
 from .options import parsed, table_parser
 from .splits import QUICK, SPLITS, SUBSET, load_split
-from .table import write_table
+from .table import plot_trade_off, write_table
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -95,8 +95,11 @@ def main() -> None:
     for name in names:
         rows[name] = [bench.run(VARIANTS[name], seed) for seed in range(options.seeds)]
         print(name, {key: rows[name][0][key] for key in SHOWN}, flush=True)
+    out = Path("build") if options.quick else options.out
+    out.mkdir(parents=True, exist_ok=True)
+    plot_trade_off(out / f"tofu-{split}.png", rows)
     path = write_table(
-        Path("build") if options.quick else options.out,
+        out,
         f"tofu-{split}",
         rows,
         title=f"TOFU, {split}: variants of the method",
@@ -105,6 +108,7 @@ def main() -> None:
             "rows": f"{len(bench.split.measured['forget'])} forgotten in {len(bench.split.domains)} "
             f"domains, {len(bench.split.retain)} retained",
             "seeds": options.seeds,
+            "plot": f"[trade-off](tofu-{split}.png)",
             "models": "base and retrained of one recipe, 5 million parameters, trained from scratch",
         },
     )

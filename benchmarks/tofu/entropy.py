@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -35,8 +35,6 @@ from .options import parsed, table_parser
 from .probes import LONG_TOKENS, long_windows
 from .splits import SPLITS, SUBSET, load_split
 from .table import write_table
-
-mpl.use("Agg")
 
 _SAMPLE_TOKENS = 30_000
 _PIECE = 256
@@ -121,8 +119,6 @@ def same_side(one: Values, other: Values, threshold: float) -> float:
 
 def plot(path: Path, found: Mapping[str, Values], threshold: float) -> None:
     """Histograms of the base model's entropies."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, len(found), figsize=(3.2 * len(found), 2.8), sharex=True)
     for axis, (name, values) in zip(axes, found.items(), strict=True):
         axis.hist(values, bins=_BINS, density=True, color="#4477aa")

@@ -1,4 +1,4 @@
-"""A results page with one line a variant: means over seeds, lowest and highest behind."""
+"""A results page with one line a variant: means over seeds, lowest and highest behind. And its plot."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
 from benchmarks.results import write_results
 
 from .experiment import Figures
+
+mpl.use("Agg")
+
+_SAME_DISTRIBUTION = 0.05
 
 
 def write_table(
@@ -38,6 +45,25 @@ def write_table(
         notes=notes,
         table=_table(list(rows), shown, values),
     )
+
+
+def plot_trade_off(path: Path, rows: Mapping[str, Sequence[Figures]]) -> None:
+    """Draws forget_quality against model_utility, a dot a seed: the paper's Fig. 4. PNG."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.4))
+    for name, found in rows.items():
+        points = list(
+            zip(_known(found, "forget_quality"), _known(found, "model_utility"), strict=True)
+        )
+        axis.scatter([quality for quality, _ in points], [kept for _, kept in points], s=16)
+        axis.annotate(name, points[0], xytext=(4, 3), textcoords="offset points", fontsize=7)
+    axis.axvline(_SAME_DISTRIBUTION, color="grey", linestyle="--")
+    axis.set_xscale("log")
+    axis.set_ylim(0, 1)
+    axis.set_xlabel("forget_quality, KS p against the retrained model")
+    axis.set_ylabel("model_utility")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def _known(found: Sequence[Figures], key: str) -> list[float]:
