@@ -33,12 +33,14 @@ TABLES = {
 """The command that measures each."""
 
 
+def _of(key: str) -> Callable[[Results], float]:
+    """A figure as the table has it."""
+    return lambda found: found[key]
+
+
 def _split_figures(split: str) -> dict[str, tuple[str, str, Callable[[Results], float]]]:
     """Of one split: (table, bar, how the figure follows from the table's)."""
     table = f"tofu-{split}"
-
-    def of(row: str, key: str) -> Callable[[Results], float]:
-        return lambda found: found[f"{row}/{key}"]
 
     def over(key: str, row: str) -> Callable[[Results], float]:
         return lambda found: found[f"default/{key}"] / found[f"{row}/{key}"]
@@ -48,20 +50,20 @@ def _split_figures(split: str) -> dict[str, tuple[str, str, Callable[[Results], 
         return 100 * (found[f"default/{key}"] - found[f"retrained/{key}"])
 
     return {
-        f"forget{split}_quality_p": (table, ">= 0.05", of("default", "forget_quality")),
-        f"forget{split}_loss_ks_p": (table, "aim >= 0.05", of("default", "forget_loss_ks_p")),
+        f"forget{split}_quality_p": (table, ">= 0.05", _of("default/forget_quality")),
+        f"forget{split}_loss_ks_p": (table, "aim >= 0.05", _of("default/forget_loss_ks_p")),
         f"forget{split}_model_utility_ratio": (table, ">= 0.99", over("model_utility", "base")),
         f"forget{split}_extraction_strength": (
             table,
             "as retrained",
-            of("default", "extraction_strength"),
+            _of("default/extraction_strength"),
         ),
         f"forget{split}_extraction_strength_retrained": (
             table,
             "",
-            of("retrained", "extraction_strength"),
+            _of("retrained/extraction_strength"),
         ),
-        f"forget{split}_privleak": (table, "as retrained (0)", of("default", "privleak_perturbed")),
+        f"forget{split}_privleak": (table, "as retrained (0)", _of("default/privleak_perturbed")),
         f"forget{split}_paraphrase_leak_points": (table, "<= 2", leak),
         f"forget{split}_repetition_ratio": (
             table,
@@ -88,16 +90,8 @@ def _highest_leak(found: Results) -> float:
 
 FIGURES: dict[str, tuple[str, str, Callable[[Results], float]]] = {
     **{key: value for split in SPLITS for key, value in _split_figures(split).items()},
-    "first_token_miss_paraphrased": (
-        "tofu-router",
-        "<= 0.01",
-        lambda found: found["default/missed/paraphrased"],
-    ),
-    "first_token_miss_nameless": (
-        "tofu-router",
-        "<= 0.03",
-        lambda found: found["default/missed/name-less"],
-    ),
+    "first_token_miss_paraphrased": ("tofu-router", "<= 0.01", _of("default/missed/paraphrased")),
+    "first_token_miss_nameless": ("tofu-router", "<= 0.03", _of("default/missed/name-less")),
     "false_alarm_retain": (
         "tofu-router",
         "<= 0.002",
@@ -108,7 +102,7 @@ FIGURES: dict[str, tuple[str, str, Callable[[Results], float]]] = {
     "false_alarm_long": (
         "tofu-router",
         "<= 0.002",
-        lambda found: found["default/routed/WikiText, windows of 4,096 tokens"],
+        _of("default/routed/WikiText, windows of 4,096 tokens"),
     ),
     "sequential_utility_loss": (
         "tofu-sequential",
@@ -118,16 +112,8 @@ FIGURES: dict[str, tuple[str, str, Callable[[Results], float]]] = {
         ),
     ),
     "composition_loss_points": ("tofu-composition", "<= 1", _highest("", "loss_points")),
-    "train_time_over_ga": (
-        "tofu-timing",
-        "<= 0.10",
-        lambda found: found["ALTER/over_gradient_ascent"],
-    ),
-    "train_time_over_asymlora": (
-        "tofu-timing",
-        "<= 1.10",
-        lambda found: found["ALTER/over_asymlora"],
-    ),
+    "train_time_over_ga": ("tofu-timing", "<= 0.10", _of("ALTER/over_gradient_ascent")),
+    "train_time_over_asymlora": ("tofu-timing", "<= 1.10", _of("ALTER/over_asymlora")),
     "relearn_recovery_points": (
         "tofu-attacks",
         "beside the retrained model's",
@@ -136,7 +122,7 @@ FIGURES: dict[str, tuple[str, str, Callable[[Results], float]]] = {
     "int4_recovery_points": (
         "tofu-attacks",
         "beside the retrained model's",
-        lambda found: found["4-bit weights/unlearned, recovered"],
+        _of("4-bit weights/unlearned, recovered"),
     ),
     "prefix_leak_points": ("tofu-attacks", "beside the retrained model's", _highest_leak),
 }
