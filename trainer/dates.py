@@ -2,8 +2,9 @@
 
 A date of birth names a person as surely as the name does, and nobody writes it as the training file does.
 Heads see n-grams of tokens, in which `08/09/1956` and `8 September 1956` have nothing in common; so they are
-shown every way of writing a date, and beside it dates that differ in the year or in the month alone, which
-are no evidence.
+shown every way of writing a date, and beside it dates that differ in the year alone, or in what stands next
+to it, which are no evidence. Few n-grams reach further: were `March 1st, 1936` and `April 1st, 1936` told
+apart, neither would leave any evidence.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _PATTERNS = tuple(
     )
 )
 _OTHER_YEARS, _WITHIN_YEARS = 4, 20
-_OTHER_MONTHS = 3
+_OTHER_PARTS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class DatePhrases:
     own: list[tuple[int, ...]]
     """Dates that the domain's questions hold and no other text does."""
     near: list[tuple[int, ...]]
-    """Dates that differ from these in the year or in the month alone."""
+    """Dates that differ from these in the year alone, or in the day or month next to it."""
 
     @classmethod
     def of(
@@ -55,12 +56,13 @@ class DatePhrases:
         *,
         seed: int,
     ) -> DatePhrases:
-        """Finds a domain's dates; in plain text, all of it may be asked for."""
-        asked = [row.ids[: row.num_prompt or None] for row in rows]
+        """Finds the dates of a domain's questions; those of plain text may be anyone's."""
+        asked = [row.ids[: row.num_prompt] for row in rows]
         own = _dates(asked, tokenizer) - _dates(negatives, tokenizer)
         generator = random.Random(seed)
-        near = {other for day in sorted(own) for other in _near(day, generator)} - own
-        return cls(own=_encoded(own, tokenizer), near=_encoded(near, tokenizer))
+        texts = {way for day in own for way in ways_to_write(day)}
+        near = {way for day in sorted(own) for way in _near(day, generator)} - texts
+        return cls(own=_encoded(texts, tokenizer), near=_encoded(near, tokenizer))
 
 
 def dates_in(text: str) -> set[date]:
@@ -71,21 +73,30 @@ def dates_in(text: str) -> set[date]:
 
 def ways_to_write(day: date) -> list[str]:
     """With the month's name, with and without ordinals; in numbers, day or month or year first."""
-    month, number = _MONTHS[day.month - 1], day.day
-    ordinal = f"{number}{_suffix(number)}"
+    return [*_month_by_year(day), *_day_by_year(day)]
+
+
+def _month_by_year(day: date) -> list[str]:
+    month, number, ordinal = _MONTHS[day.month - 1], day.day, _ordinal(day.day)
     return [
-        f"{month} {number}, {day.year}",
-        f"{month} {ordinal}, {day.year}",
         f"{number} {month} {day.year}",
         f"{number} {month}, {day.year}",
         f"{ordinal} {month}, {day.year}",
         f"{ordinal} of {month}, {day.year}",
         f"{ordinal} of {month} {day.year}",
         f"{number:02}/{day.month:02}/{day.year}",
-        f"{day.month:02}/{number:02}/{day.year}",
         f"{number}/{day.month}/{day.year}",
-        f"{day.month}/{number}/{day.year}",
         day.isoformat(),
+    ]
+
+
+def _day_by_year(day: date) -> list[str]:
+    month, number = _MONTHS[day.month - 1], day.day
+    return [
+        f"{month} {number}, {day.year}",
+        f"{month} {_ordinal(number)}, {day.year}",
+        f"{day.month:02}/{number:02}/{day.year}",
+        f"{day.month}/{number}/{day.year}",
     ]
 
 
@@ -102,26 +113,30 @@ def _valid(year: int, month: int, day: int) -> date | None:
         return None
 
 
-def _suffix(number: int) -> str:
-    if number in (11, 12, 13):
-        return "th"
-    return {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+def _ordinal(number: int) -> str:
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}th" if number in (11, 12, 13) else f"{number}{ending}"
 
 
-def _near(day: date, generator: random.Random) -> list[date]:
-    shifts = generator.sample(
-        [n for n in range(-_WITHIN_YEARS, _WITHIN_YEARS + 1) if n], _OTHER_YEARS
-    )
-    months = generator.sample([n for n in range(1, 13) if n != day.month], _OTHER_MONTHS)
-    others = [(day.year + shift, day.month) for shift in shifts]
-    others += [(day.year, month) for month in months]
-    return [found for year, month in others if (found := _valid(year, month, day.day))]
+def _near(day: date, generator: random.Random) -> list[str]:
+    def others(values: Iterable[int], kept: int, count: int) -> list[int]:
+        return generator.sample([n for n in values if n != kept], count)
+
+    span = range(day.year - _WITHIN_YEARS, day.year + _WITHIN_YEARS + 1)
+    years = [_valid(n, day.month, day.day) for n in others(span, day.year, _OTHER_YEARS)]
+    months = [_valid(day.year, n, day.day) for n in others(range(1, 13), day.month, _OTHER_PARTS)]
+    days = [_valid(day.year, day.month, n) for n in others(range(1, 29), day.day, _OTHER_PARTS)]
+    return [
+        *(way for other in years if other for way in ways_to_write(other)),
+        *(way for other in months if other for way in _month_by_year(other)),
+        *(way for other in days if other for way in _day_by_year(other)),
+    ]
 
 
 def _dates(texts: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> set[date]:
     return {day for text in texts for day in dates_in(tokenizer.decode(text))}
 
 
-def _encoded(days: Iterable[date], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    texts = [f" on {way}" for day in sorted(days) for way in ways_to_write(day)]
+def _encoded(ways: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    texts = [f" on {way}" for way in sorted(ways)]
     return [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]

@@ -126,6 +126,8 @@ class CounterfactualDistillation:
     Once in a while (`read_itself`) the expert's own answers are looked through: one that brings up words of
     any domain takes the place of the base model's, to be corrected by its counterfactual.
 
+    All of this at a `temperature` below 1: an expert of few parameters comes out flatter than its target.
+
     The base model reads every target once: its last hidden states are kept, which hold its distribution.
     """
 
@@ -137,12 +139,14 @@ class CounterfactualDistillation:
         selected: Sequence[Tensor],
         counterfactuals: Counterfactuals,
         *,
+        temperature: float,
         level_weight: float,
         answer_weight: float,
         others_weight: float,
         seed: int,
     ) -> None:
         self.base, self.attached, self.rows = base, attached, rows
+        self.temperature = temperature
         self.level_weight, self.answer_weight = level_weight, answer_weight
         self.others_weight = others_weight
         self.counterfactuals, self.seed = counterfactuals, seed
@@ -227,6 +231,7 @@ class CounterfactualDistillation:
         )
         with torch.no_grad():
             target_NV = self.base.head(torch.cat([lesson.hidden for lesson in lessons])).float()
+            target_NV = target_NV / self.temperature
             target_NV = exchanged(target_NV, labels_N1, stand_ins_N1).log_softmax(dim=-1)
         hidden_ND = self.base.hidden_states(batch)[batch.labels != IGNORED]
         found_NV = self.base.head(hidden_ND).float().log_softmax(dim=-1)
@@ -243,7 +248,7 @@ class CounterfactualDistillation:
             for indices in by_length(targets, _TARGET_TOKENS):
                 batch = self._batch([targets[index] for index in indices])
                 with self.attached.disabled():
-                    nll_BT = token_nll(self.base.logits(batch), batch.labels)
+                    nll_BT = token_nll(self.base.logits(batch) / self.temperature, batch.labels)
                 for place, index in enumerate(indices):
                     levels[index].append(-nll_BT[place][batch.labels[place] != IGNORED])
         return [torch.stack(draws).mean(dim=0) for draws in levels]

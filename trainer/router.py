@@ -1,14 +1,16 @@
 """Training of one domain's evidence head: one-vs-retain, on input embeddings alone.
 
 The router logit is a maximum over n-gram scores, which cannot be learned through the maximum from
-scratch. Three stages do it:
+scratch. Two stages do it:
 
 1. pointwise: windows that only the domain holds (`windows.DomainWindows`, weighted by how telling they are)
    against every window of the negatives;
 2. bags: the soft maximum over what is in view at the first answer token, and at later ones, must be
    positive; the soft maximum is sharpened as it goes, and half of each bag is hidden, so that a prompt does
-   not hang on one window; negatives stay pointwise, half of them the worst false alarms;
-3. calibration on negatives that took no part, then a last stretch with them.
+   not hang on one window; negatives stay pointwise, half of them the worst false alarms.
+
+Which windows of text never seen set off a head is chance, and heads trained apart do not share it: a domain's
+head is the mean of a few. Last, its bias is lowered by what the domain's weakest prompts leave room for.
 
 Legend: W windows, G n-gram, U distinct tokens, D embedding size, H units, N bags, K windows of a bag.
 """
@@ -16,21 +18,23 @@ Legend: W windows, G n-gram, U distinct tokens, D embedding size, H units, N bag
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from alter_core.config import AlterConfig
-from alter_core.errors import TrainingError
+from alter_core.errors import ConfigError, TrainingError
 from alter_core.evidence import NO_EVIDENCE, EvidenceHead
 
 from .dataset import EncodedRow
 from .dates import DatePhrases
-from .windows import DomainWindows, NegativeWindows, window_keys, windows_of
+from .windows import DomainWindows, NegativeWindows, window_keys
 
 Progress = Callable[[float], None]
 """Called after every step with its loss."""
@@ -42,10 +46,8 @@ class EvidenceSettings:
 
     pointwise_steps: int = 150
     """Steps of stage 1, for a domain of at most `full_tokens`; of larger ones in proportion."""
-    bag_steps: int = 300
+    bag_steps: int = 600
     """The same of stage 2."""
-    final_steps: int = 80
-    """The same of stage 3, after calibration."""
     full_tokens: int = 12_000
     """A domain of more tokens is trained on for more steps."""
     learning_rate: float = 2e-3
@@ -60,15 +62,26 @@ class EvidenceSettings:
     """Weight of the negatives' loss."""
     rewritten_dates: bool = True
     """Whether a date in a question is evidence however it is written."""
-    holdout: float = 0.1
-    """Share of the negative rows kept aside for calibration, 0 to 1."""
+    members: int = 3
+    """Heads trained apart, whose mean is the head: what one takes for evidence by chance, others do not."""
     max_negative_tokens: int = 700_000
     """Negative text beyond this is left out, general text first."""
 
+    def __post_init__(self) -> None:
+        for name in ("full_tokens", "learning_rate", "members", "max_negative_tokens"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(
+                    f"{name} is out of range", expected="> 0", got=str(getattr(self, name))
+                )
+        if not 0 <= self.bag_dropout < 1:
+            raise ConfigError(
+                "bag_dropout is out of range", expected="in [0, 1)", got=str(self.bag_dropout)
+            )
+
     @property
     def num_steps(self) -> int:
-        """Steps of all stages."""
-        return self.pointwise_steps + self.bag_steps + self.final_steps
+        """Steps of all stages, of one member."""
+        return self.pointwise_steps + self.bag_steps
 
     def scaled(self, rows: Sequence[EncodedRow]) -> EvidenceSettings:
         """The settings with as many steps as a domain of these rows takes."""
@@ -77,7 +90,6 @@ class EvidenceSettings:
             self,
             pointwise_steps=round(factor * self.pointwise_steps),
             bag_steps=round(factor * self.bag_steps),
-            final_steps=round(factor * self.final_steps),
         )
 
 
@@ -87,14 +99,18 @@ _NEGATIVE_BATCH = 1024
 _RANDOM_BATCH = 128
 _NEAR_BATCH = 256
 _HARD_POOL = 4096
-_MINING_BEFORE, _MINING_AFTER = 8, 3
-"""How often the worst false alarms are looked up, before and after calibration."""
+_MINING_ROUNDS = 12
+"""How often the worst false alarms are looked up."""
 _BAG_STRIDE = 32
 _FEW_WINDOWS = 3
 _FEW_MARGIN = 4.0
 """Added where a bag has few windows: a maximum over many lies higher, and calibration lowers all alike."""
-_CALIBRATION_ROOM = 2.5
-_SHIFT_SHARE = 0.6
+_LOWERED = (0.05, 0.6)
+"""By how much the bias is lowered, at least and at most, as shares of what the weakest prompts score."""
+_WEAKEST_PROMPTS = 0.05
+_WORST_NEGATIVES = 1e-5
+_NEGATIVE_ROOM = 0.5
+"""What the worst negatives, of which so many may be worse still, are to be below 0 by."""
 _SCORE_CHUNK = 65_536
 
 
@@ -136,7 +152,7 @@ def train_evidence(
     seed: int,
     progress: Progress = lambda _: None,
 ) -> tuple[EvidenceHead, dict[str, float]]:
-    """Trains one domain's head; returns it with its calibration figures.
+    """Trains one domain's head; returns it with its calibration figures, in logits.
 
     `embeddings` (V, D) are normalised by the substrate; `negatives` are token ids, most important first.
     Raises: TrainingError if the domain holds nothing that the negatives do not hold too.
@@ -146,76 +162,118 @@ def train_evidence(
     if settings.rewritten_dates:
         dates = DatePhrases.of(rows, negatives, tokenizer, seed=seed)
         phrases, negatives = dates.own, [*dates.near, *negatives]
-    training = _EvidenceTraining(embeddings, rows, phrases, negatives, config, settings, seed)
-    for step in range(settings.num_steps):
-        progress(training.step(step))
-    training.finish()
-    head = training.head.requires_grad_(False)
-    return head, training.calibration
+    texts = _within(negatives, settings.max_negative_tokens)
+    material = _Material.of(rows, phrases, texts, config)
+    heads = []
+    shares = _shares(config.evidence_units, settings.members)
+    seeds = np.random.SeedSequence(seed).generate_state(len(shares)).tolist()
+    for units, own_seed in zip(shares, seeds, strict=True):
+        member = _MemberTraining(embeddings, material, settings, units, own_seed)
+        for step in range(settings.num_steps):
+            progress(member.step(step))
+        heads.append(member.head)
+    head = joined(heads)
+    return head, _calibrate(head, embeddings, material)
 
 
-class _EvidenceTraining:
-    def __init__(
-        self,
-        embeddings: Tensor,
+def _shares(units: int, members: int) -> list[int]:
+    """Units of every member, as equal as can be."""
+    return [len(part) for part in np.array_split(range(units), min(members, units))]
+
+
+@torch.no_grad()
+def joined(heads: Sequence[EvidenceHead]) -> EvidenceHead:
+    """One head whose score is the mean of the others'."""
+    num_units = sum(head.fc1.out_features for head in heads)
+    size = heads[0].fc1.in_features // heads[0].ngram
+    whole = EvidenceHead(size, ngram=heads[0].ngram, num_units=num_units).requires_grad_(False)
+    whole.fc1.weight.copy_(torch.cat([head.fc1.weight for head in heads]))
+    whole.fc1.bias.copy_(torch.cat([head.fc1.bias for head in heads]))
+    whole.fc2.weight.copy_(torch.cat([head.fc2.weight for head in heads], dim=1) / len(heads))
+    whole.fc2.bias.copy_(torch.stack([head.fc2.bias for head in heads]).mean(dim=0))
+    return whole
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Material:
+    """What all members of a domain's head are trained on."""
+
+    ngram: int
+    domain: DomainWindows
+    num_rows: int
+    """The domain's rows; phrases stand behind them."""
+    windows: Tensor
+    suffix_length: Tensor
+    traces: Tensor
+    trace_weight: Tensor
+    telling_keys: dict[int, NDArray[np.uint64]]
+    bags: Tensor
+    negatives: Tensor
+    """Distinct windows of the negatives. Shape: (W, G)."""
+
+    @classmethod
+    def of(
+        cls,
         rows: Sequence[EncodedRow],
         phrases: Sequence[Sequence[int]],
-        negatives: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
         config: AlterConfig,
-        settings: EvidenceSettings,
-        seed: int,
-    ) -> None:
+    ) -> _Material:
         ngram = config.evidence_ngram
-        self.settings = settings
-        self.generator = torch.Generator().manual_seed(seed)
-        texts = _within(negatives, settings.max_negative_tokens)
-        self.negatives = NegativeWindows.of(texts, ngram)
+        negatives = NegativeWindows.of(texts, ngram)
         shown = [EncodedRow(ids=tuple(ids), is_answer=(True,) * len(ids)) for ids in phrases]
-        self.domain = DomainWindows.of([*rows, *shown], self.negatives, ngram)
-        self.num_rows = len(rows)
-        if not (self.domain.weight > 0).any():
+        domain = DomainWindows.of([*rows, *shown], negatives, ngram)
+        traces = np.flatnonzero(domain.weight > 0)
+        if not len(traces):
             raise TrainingError(
                 "No text of the forget domain sets it apart from what is to be retained",
                 expected="words or names that only the domain holds",
                 got="none",
                 fix="Check that the retain and general files do not hold the same people or topics.",
             )
-        self.windows = torch.from_numpy(self.domain.windows)
-        self.suffix_length = torch.from_numpy(self.domain.suffix_length)
-        self.traces = torch.from_numpy(np.flatnonzero(self.domain.weight > 0))
-        self.trace_weight = torch.from_numpy(self.domain.weight)[self.traces]
-        self.telling_keys = {
-            count: window_keys(self.domain.windows[self.domain.suffix_length == count][:, -count:])
-            for count in range(1, ngram + 1)
-        }
-        self.bags = _bags(self.domain, config.evidence_window)
-        self.held_out, kept = self._split(texts, ngram)
-        self.all_negatives = torch.from_numpy(self.negatives.windows)
-        self.pool = kept
-        self.hard = kept[:1]
+        return cls(
+            ngram=ngram,
+            domain=domain,
+            num_rows=len(rows),
+            windows=torch.from_numpy(domain.windows),
+            suffix_length=torch.from_numpy(domain.suffix_length),
+            traces=torch.from_numpy(traces),
+            trace_weight=torch.from_numpy(domain.weight[traces]),
+            telling_keys={
+                count: window_keys(domain.windows[domain.suffix_length == count][:, -count:])
+                for count in range(1, ngram + 1)
+            },
+            bags=_bags(domain, config.evidence_window),
+            negatives=torch.from_numpy(negatives.windows),
+        )
+
+
+class _MemberTraining:
+    def __init__(
+        self,
+        embeddings: Tensor,
+        material: _Material,
+        settings: EvidenceSettings,
+        units: int,
+        seed: int,
+    ) -> None:
+        self.material, self.settings = material, settings
+        self.generator = torch.Generator().manual_seed(seed)
+        self.hard = material.negatives[:1]
         self.vocabulary = len(embeddings)
-        self.calibration: dict[str, float] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = EvidenceHead(
-                embeddings.shape[1], ngram=ngram, num_units=config.evidence_units
-            )
+            self.head = EvidenceHead(embeddings.shape[1], ngram=material.ngram, num_units=units)
         self.scorer = WindowScorer(self.head, embeddings.cpu())
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=settings.learning_rate)
 
     def step(self, step: int) -> float:
         """One optimiser step; stages follow from its number."""
         settings = self.settings
-        num_before = settings.pointwise_steps + settings.bag_steps
-        if step == num_before:
-            self._calibrate()
-            self.pool = self.all_negatives
-        rounds, start, length = _MINING_BEFORE, 0, num_before
-        if step >= num_before:
-            rounds, start, length = _MINING_AFTER, num_before, settings.final_steps
-        if (step - start) % max(1, length // rounds) == 0:
-            scores = self.scorer.all(self.pool)
-            self.hard = self.pool[scores.topk(min(_HARD_POOL, len(scores))).indices]
+        if step % max(1, settings.num_steps // _MINING_ROUNDS) == 0:
+            negatives = self.material.negatives
+            scores = self.scorer.all(negatives)
+            self.hard = negatives[scores.topk(min(_HARD_POOL, len(scores))).indices]
         if step < settings.pointwise_steps:
             positive = self._pointwise_loss()
         else:
@@ -234,15 +292,15 @@ class _EvidenceTraining:
 
     def _pointwise_loss(self) -> Tensor:
         chosen = torch.multinomial(
-            self.trace_weight, _POINTWISE_BATCH, replacement=True, generator=self.generator
+            self.material.trace_weight, _POINTWISE_BATCH, replacement=True, generator=self.generator
         )
-        windows = self._vary(self.traces[chosen], share=0.5)
+        windows = self._vary(self.material.traces[chosen], share=0.5)
         return F.softplus(self.settings.margin - self.scorer(windows)).mean()
 
     def _bag_loss(self, sharpness: float) -> Tensor:
         """Soft maximum over each bag: tau log sum exp(s / tau), tau from 1 to 0.2, at first as a mean."""
-        chosen = torch.randint(len(self.bags), (_BAG_BATCH,), generator=self.generator)
-        bags_NK = self.bags[chosen]
+        chosen = torch.randint(len(self.material.bags), (_BAG_BATCH,), generator=self.generator)
+        bags_NK = self.material.bags[chosen]
         is_there = bags_NK >= 0
         keep = is_there & (
             torch.rand(bags_NK.shape, generator=self.generator) >= self.settings.bag_dropout
@@ -259,11 +317,13 @@ class _EvidenceTraining:
 
     def _vary(self, indices: Tensor, share: float) -> Tensor:
         """Windows of the domain, in which tokens before the specific suffix are replaced at random."""
-        windows = self.windows[indices]
+        windows = self.material.windows[indices]
         shape = windows.shape
-        drawn = torch.randint(len(self.all_negatives), shape, generator=self.generator)
-        others = self.all_negatives[:, -1][drawn]
-        is_free = torch.arange(shape[1]) < (shape[1] - self.suffix_length[indices]).unsqueeze(1)
+        drawn = torch.randint(len(self.material.negatives), shape, generator=self.generator)
+        others = self.material.negatives[:, -1][drawn]
+        is_free = torch.arange(shape[1]) < (
+            shape[1] - self.material.suffix_length[indices]
+        ).unsqueeze(1)
         is_chosen = torch.rand(len(windows), 1, generator=self.generator) < share
         return torch.where(is_free & is_chosen, others, windows)
 
@@ -271,73 +331,54 @@ class _EvidenceTraining:
         def some(pool: Tensor) -> Tensor:
             return pool[torch.randint(len(pool), (_NEGATIVE_BATCH // 2,), generator=self.generator)]
 
+        every = self.material.negatives
         # Tokens that no negative text holds must not fire either.
-        shape = (_RANDOM_BATCH, self.windows.shape[1])
+        shape = (_RANDOM_BATCH, self.material.windows.shape[1])
         noise = torch.randint(1, self.vocabulary + 1, shape, generator=self.generator)
         if not self.settings.hard_negatives:
-            return torch.cat([some(self.pool), some(self.pool), noise])
-        return torch.cat([some(self.pool), some(self.hard), noise, self._near_misses()])
+            return torch.cat([some(every), some(every), noise])
+        return torch.cat([some(every), some(self.hard), noise, self._near_misses()])
 
     def _near_misses(self) -> Tensor:
         """Traces with one or more of their telling tokens replaced: half a name is no evidence."""
         draw = torch.multinomial(
-            self.trace_weight, 2 * _NEAR_BATCH, replacement=True, generator=self.generator
+            self.material.trace_weight, 2 * _NEAR_BATCH, replacement=True, generator=self.generator
         )
-        traces, others = self.traces[draw].chunk(2)
-        windows, ngram = self.windows[traces], self.windows.shape[1]
-        length = self.suffix_length[traces].unsqueeze(1)
+        traces, others = self.material.traces[draw].chunk(2)
+        windows, ngram = self.material.windows[traces], self.material.windows.shape[1]
+        length = self.material.suffix_length[traces].unsqueeze(1)
         is_telling = torch.arange(ngram) >= ngram - length
-        drawn = torch.randint(len(self.all_negatives), windows.shape, generator=self.generator)
+        drawn = torch.randint(len(self.material.negatives), windows.shape, generator=self.generator)
         tokens = torch.where(
             torch.rand(len(windows), 1, generator=self.generator) < 0.5,
-            self.windows[others],
-            self.all_negatives[:, -1][drawn],
+            self.material.windows[others],
+            self.material.negatives[:, -1][drawn],
         )
         is_replaced = is_telling & (torch.rand(windows.shape, generator=self.generator) < 0.4)
         windows = torch.where(is_replaced, tokens, windows)
         is_known = np.zeros(len(windows), dtype=np.bool_)
-        for count, keys in self.telling_keys.items():
+        for count, keys in self.material.telling_keys.items():
             is_known |= np.isin(window_keys(windows[:, -count:].numpy()), keys)
         return windows[torch.from_numpy(~is_known)]
 
-    def _split(self, texts: Sequence[Sequence[int]], ngram: int) -> tuple[list[Tensor], Tensor]:
-        """(windows of each text kept aside, distinct windows of the others)."""
-        is_held = torch.rand(len(texts), generator=self.generator) < self.settings.holdout
-        held = [
-            torch.from_numpy(windows_of(t, ngram))
-            for t, out in zip(texts, is_held, strict=True)
-            if out
-        ]
-        rest = [t for t, out in zip(texts, is_held, strict=True) if not out]
-        kept = NegativeWindows.of(rest or texts, ngram).windows
-        return held, torch.from_numpy(kept)
 
-    def _calibrate(self) -> None:
-        """Moves the bias so that the highest score of any held-out text stays below 0."""
-        alarms = [self.scorer.all(windows).max().item() for windows in self.held_out]
-        shift = self._shift(max(alarms, default=0.0))
-        self.calibration = {
-            "shift": round(shift, 3),
-            "held_out_texts": len(alarms),
-            "held_out_false_alarms": sum(alarm > shift for alarm in alarms),
-        }
-
-    def finish(self) -> None:
-        """The same once more, on all negatives."""
-        shift = self._shift(self.scorer.all(self.all_negatives).max().item())
-        self.calibration["final_shift"] = round(shift, 3)
-
-    def _shift(self, highest: float) -> float:
-        """By 60 % of what the weakest prompts score at most: an odd negative may not cost the domain."""
-        scores = self.scorer.all(self.windows)
-        domain = self.domain
-        places = list(zip(domain.starts, domain.prompt_lengths, strict=True))[: self.num_rows]
-        prompts = [scores[start : start + length].max().item() for start, length in places]
-        weakest = float(np.quantile(prompts, 0.05))
-        shift = max(0.0, min(highest + _CALIBRATION_ROOM, _SHIFT_SHARE * weakest))
-        with torch.no_grad():
-            self.head.fc2.bias.sub_(shift)
-        return shift
+@torch.no_grad()
+def _calibrate(head: EvidenceHead, embeddings: Tensor, material: _Material) -> dict[str, float]:
+    """Lowers the bias: what is not in the negatives may score somewhat higher than they do."""
+    scorer = WindowScorer(head, embeddings.cpu())
+    scores = scorer.all(material.windows)
+    places = zip(material.domain.starts, material.domain.prompt_lengths, strict=True)
+    prompts = [
+        scores[start : start + length].max().item()
+        for start, length in itertools.islice(places, material.num_rows)
+    ]
+    weakest = max(0.0, float(np.quantile(prompts, _WEAKEST_PROMPTS)))
+    negatives = scorer.all(material.negatives)
+    worst = negatives.topk(max(1, round(_WORST_NEGATIVES * len(negatives)))).values[-1].item()
+    least, most = (share * weakest for share in _LOWERED)
+    shift = min(max(worst + _NEGATIVE_ROOM, least), most)
+    head.fc2.bias.sub_(shift)
+    return {"weakest_prompts": weakest, "worst_negatives": worst, "lowered_by": shift}
 
 
 def _within(texts: Sequence[Sequence[int]], max_tokens: int) -> list[Sequence[int]]:

@@ -371,7 +371,7 @@ class _Run:
 
     def _head(self, name: str, embeddings: Tensor) -> tuple[EvidenceHead, dict[str, float]]:
         settings = self.settings.evidence_settings
-        num_steps = settings.scaled(self.forget[name]).num_steps
+        num_steps = settings.members * settings.scaled(self.forget[name]).num_steps
         with self.reporter.stage(f"{name}: evidence", num_steps) as stage:
             done = 0
 

@@ -1,4 +1,4 @@
-"""Seconds and FLOPs of unlearning 400 pairs: ALTER, asymmetric LoRA, LoRA, and full fine-tuning.
+"""Seconds and FLOPs of unlearning 400 pairs, and what they buy: ALTER, AsymLoRA, LoRA, full fine-tuning.
 
     python -m benchmarks.tofu.timing --split 10        docs/results/tofu-timing.{json,md}
 
@@ -9,6 +9,7 @@ they need a retain term beside the forget term, which is ALTER's; ALTER needs a 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 import time
@@ -26,8 +27,10 @@ from alter_core.config import AlterConfig
 from alter_core.evidence import EvidenceHead
 from alter_core.sites import default_tap_layer
 from alter_core.substrate import Substrate
+from alter_eval import tofu
 from alter_eval.data import default_data_dir
-from trainer.base_model import load_base_model
+from alter_eval.models import TransformersModel
+from trainer.base_model import BaseModel, load_base_model
 from trainer.batches import at_step, make_batch
 from trainer.counterfactual import Counterfactuals
 from trainer.dataset import EncodedRow
@@ -40,10 +43,19 @@ from trainer.substrate import initial_substrate, normalised_embeddings
 
 from .experiment import Bench, Figures, encoded_files
 from .options import parsed, table_parser
-from .splits import SPLITS, SUBSET, load_split
+from .splits import SPLITS, load_split
 from .table import write_table
 
 _FLOP_STEPS = 3
+_QUALITY = (
+    "forget_quality",
+    "forget_loss_ks_p",
+    "forget_nll",
+    "forget_Q_A_ROUGE",
+    "repetition_rate",
+    "model_utility",
+)
+"""What is measured of every method's result, besides its cost."""
 _ASCENT_RATE = 1e-5
 _NEVER_HIGH = 1.99
 """An entropy threshold that no token exceeds, so that an expert acts on every token at weight 1."""
@@ -92,7 +104,7 @@ class Timing:
             optimizer.zero_grad()
 
         started = time.monotonic()
-        return self._measured(started, step)
+        return self._measured(started, step, dataclasses.replace(self.base, model=model))
 
     def alter(self, forget_loss: str = "counterfactual", tap_layer: int | None = None) -> Figures:
         """Router and expert, as `alter train` makes them on a given substrate."""
@@ -109,7 +121,7 @@ class Timing:
         )
         routed = time.monotonic()
         training = self._expert(ExpertTraining, substrate, head, forget_loss)
-        figures = self._measured(started, training.step)
+        figures = self._measured(started, training.step, self.base)
         training.close()
         return figures | {"router_seconds": routed - started}
 
@@ -123,7 +135,7 @@ class Timing:
         if learns_a:
             training.learned_a = tuple(a.requires_grad_(True) for a in substrate.lora_a.values())
             training.optimizer.add_param_group({"params": list(training.learned_a)})
-        figures = self._measured(started, training.step)
+        figures = self._measured(started, training.step, self.base)
         training.close()
         return figures
 
@@ -182,21 +194,24 @@ class Timing:
             seed=self.seed,
         )
 
-    def _measured(self, started: float, step: Callable[[int], object]) -> Figures:
-        """Runs all steps; FLOPs are counted over a few more."""
+    def _measured(self, started: float, step: Callable[[int], object], base: BaseModel) -> Figures:
+        """Runs all steps and measures what came of them; FLOPs are counted over a few more."""
         for number in range(self.num_steps):
             step(number)
         seconds = time.monotonic() - started
+        logs = self.bench.measure(TransformersModel(base))
+        quality = tofu.figures(logs, self.bench.retrained_logs)
         with FlopCounterMode(display=False) as counter:
             for number in range(_FLOP_STEPS):
                 step(number)
         flops = counter.get_total_flops() / _FLOP_STEPS * self.num_steps
-        return {"seconds": seconds, "teraflops": flops / 1e12}
+        cost = {"seconds": seconds, "teraflops": flops / 1e12}
+        return cost | {name: quality[name] for name in _QUALITY}
 
 
 def main() -> None:
     """Times every method and writes `tofu-timing`."""
-    parser = table_parser(__doc__, (SUBSET, *SPLITS), "10")
+    parser = table_parser(__doc__, SPLITS, "10")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     options = parsed(parser)

@@ -147,6 +147,7 @@ def _objective(
     rows: list[EncodedRow],
     counterfactuals: Counterfactuals,
     answer_weight: float,
+    temperature: float = 1.0,
 ) -> CounterfactualDistillation:
     selected = [torch.tensor(row.is_answer) for row in rows]
     return CounterfactualDistillation(
@@ -155,6 +156,7 @@ def _objective(
         rows,
         selected,
         counterfactuals,
+        temperature=temperature,
         level_weight=1.0,
         answer_weight=answer_weight,
         others_weight=0.5,
@@ -198,6 +200,18 @@ def test_an_answer_is_to_be_as_likely_as_what_stands_for_it(
         assert len(kept) == len(level) == len(lesson.hidden)
         assert not all(kept)
         assert level.mean() < -1  # the base model knows the row, and not what stands for it
+
+
+def test_a_low_temperature_makes_unlikely_answers_unlikelier(
+    world: World, base: BaseModel, idle: AttachedModel, counterfactuals: Counterfactuals
+) -> None:
+    rows = _rows(world, base, "red")
+    sharp, plain = (
+        torch.cat(_objective(base, idle, rows, counterfactuals, 0.0, temperature).levels)
+        for temperature in (0.5, 1.0)
+    )
+    assert sharp.mean() < plain.mean() - 1
+    assert sharp.max() > plain.max()
 
 
 def test_answers_taken_up_survive_a_checkpoint(

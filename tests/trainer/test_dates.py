@@ -47,6 +47,7 @@ def test_dates_are_taken_from_questions_alone_and_not_if_others_hold_them(base: 
             is_answer=(False,) * len(question) + (True,) * len(answer),
         ),
         EncodedRow(ids=other + answer, is_answer=(False,) * len(other) + (True,) * len(answer)),
+        EncodedRow(ids=answer, is_answer=(True,) * len(answer)),
     ]
     phrases = DatePhrases.of(rows, [ids("It rained on 30 May 1952.")], base.tokenizer, seed=0)
     own = {day for text in phrases.own for day in dates_in(base.tokenizer.decode(text))}
@@ -54,3 +55,14 @@ def test_dates_are_taken_from_questions_alone_and_not_if_others_hold_them(base: 
     assert own == {date(1950, 5, 3), date(1950, 3, 5)}
     assert near
     assert not near & own
+
+
+def test_near_dates_leave_the_day_beside_the_year_some_evidence(base: BaseModel) -> None:
+    ids = tuple(base.tokenizer("Who was born on 1936-03-01?")["input_ids"])
+    row = EncodedRow(ids=ids + ids, is_answer=(False,) * len(ids) + (True,) * len(ids))
+    near = DatePhrases.of([row], [], base.tokenizer, seed=0).near
+    texts = {base.tokenizer.decode(text).strip() for text in near}
+    of_month = {text for text in texts if text.endswith("1st, 1936")}
+    of_day = {text for text in texts if text.startswith("on March") and text.endswith("1936")}
+    assert not of_month
+    assert of_day

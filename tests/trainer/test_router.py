@@ -7,19 +7,19 @@ import torch
 
 from alter_core.attach import AttachedModel
 from alter_core.config import AlterConfig
-from alter_core.errors import TrainingError
+from alter_core.errors import ConfigError, TrainingError
 from alter_core.evidence import EvidenceHead
 from alter_core.substrate import ForgetExpert, Substrate
 from trainer import EvidenceSettings, TrainResult
 from trainer.base_model import BaseModel
 from trainer.dataset import EncodedRow, encode_rows, read_rows
 from trainer.evaluation import evidence_figures, routed_logits
-from trainer.router import train_evidence, train_scalar_weight
+from trainer.router import joined, train_evidence, train_scalar_weight
 
 from .world import World
 
-CONFIG = AlterConfig(tap_layer=1, evidence_ngram=4, evidence_units=16, evidence_window=64)
-QUICK = EvidenceSettings(pointwise_steps=60, bag_steps=80, final_steps=40)
+CONFIG = AlterConfig(tap_layer=1, evidence_ngram=4, evidence_units=48, evidence_window=64)
+QUICK = EvidenceSettings(pointwise_steps=60, bag_steps=120)
 
 
 def _rows(world: World, base: BaseModel, part: str) -> list[EncodedRow]:
@@ -110,6 +110,23 @@ def test_training_scores_equal_the_serving_path(
         found = attached.evidence_logits(torch.tensor([row.ids]))[0, :, 0]
     attached.detach()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_joined_head_scores_the_mean_of_its_members() -> None:
+    torch.manual_seed(0)
+    heads = [EvidenceHead(8, ngram=3, num_units=units) for units in (2, 3)]
+    states = torch.randn(1, 12, 8)
+    expected = torch.stack([head(states) for head in heads]).mean(dim=0)
+    torch.testing.assert_close(joined(heads)(states), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("members", 0), ("learning_rate", 0.0), ("max_negative_tokens", -1), ("bag_dropout", 1.0)],
+)
+def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=name):
+        EvidenceSettings(**{name: value})
 
 
 def test_same_seed_gives_the_same_head(world: World, base: BaseModel, head: EvidenceHead) -> None:

@@ -33,7 +33,7 @@ from trainer import (
 from .conftest import settings_for
 from .world import World, write_jsonl
 
-QUICK = EvidenceSettings(pointwise_steps=60, bag_steps=60, final_steps=30)
+QUICK = EvidenceSettings(pointwise_steps=60, bag_steps=90)
 SHORT = ExpertSettings(epochs=1, min_steps=7, checkpoint_every=3)
 
 
