@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unigrams": {"evidence_ngram": 1},
     "bigrams": {"evidence_ngram": 2},
     "trigrams": {"evidence_ngram": 3},
+    "six-grams": {"evidence_ngram": 6},
     "window 32": {"evidence_window": 32},
     "window 128": {"evidence_window": 128},
     "window 256": {"evidence_window": 256},
