@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +130,36 @@ FIGURES: dict[str, tuple[str, str, Callable[[Results], float]]] = {
 """By name: table, bar, and how the figure follows from the table's."""
 
 
+def _moment(text: str) -> datetime:
+    """A time of the local zone, unless it names one."""
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a time such as 2026-11-21T21:41:00+00:00, got {text!r}"
+        ) from error
+
+
 def main() -> None:
     """Collects the tables that are there and writes `tofu`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument(
+        "--since",
+        type=_moment,
+        help="when the method last changed (ISO 8601); tables of before are marked",
+    )
     options = parser.parse_args()
     found = {
         table: json.loads(path.read_text("utf-8"))
         for table in TABLES
         if (path := options.out / f"{table}.json").exists()
     }
+    earlier = [
+        table
+        for table, content in found.items()
+        if options.since and datetime.fromisoformat(content["measured_at"]) < options.since
+    ]
     figures: dict[str, float | None] = {}
     missing: dict[str, str] = {}
     for name, (table, _, follows) in FIGURES.items():
@@ -149,6 +170,8 @@ def main() -> None:
     for name, (table, bar, _) in FIGURES.items():
         value = figures[name]
         shown = "not measured" if value is None else f"{value:.3g}"
+        if table in earlier:
+            shown += " (earlier method)"
         lines.append(f"| `{name}` | {shown} | {bar} | [{table}]({table}.md) |")
     lines += ["", "| table | command |", "|---|---|"]
     lines += [f"| [{table}]({table}.md) | `{TABLES[table]}` |" for table in found]
@@ -160,6 +183,7 @@ def main() -> None:
         not_measured=missing,
         seed=0,
         notes={
+            "of an earlier method": earlier,
             "measured": {table: content["measured_at"] for table, content in found.items()},
             "models": "base and retrained of one recipe, 5 million parameters, trained from scratch",
         },
