@@ -113,7 +113,7 @@ class ExpertTraining:
             temperature=settings.temperature,
             level_weight=settings.level_weight,
             answer_weight=settings.answer_weight,
-            others_weight=settings.others_weight,
+            others_weight=settings.scaled_others_weight(len(self.rows)),
             seed=self.seed,
         )
 

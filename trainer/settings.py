@@ -12,6 +12,9 @@ from alter_core.errors import ConfigError
 from .losses import TokenLossName
 from .router import EvidenceSettings
 
+_MANY_ROWS = 400
+_FEW_ROWS_FACTOR = 4.0
+
 
 def _check(name: str, value: object, is_valid: bool, expected: str) -> None:
     if not is_valid:
@@ -32,15 +35,16 @@ class ExpertSettings:
     hinge loss. `capped`: token loss pushed up to `forget_cap`."""
     kept_share: float = 0.005
     """`counterfactual` exchanges words that stand in no larger share of the other texts, in (0, 1)."""
-    temperature: float = 0.9
+    temperature: float = 0.87
     """`counterfactual`: of the distribution that is distilled, > 0. Experts come out flatter than what they
     are shown; a target somewhat sharper makes up for it."""
     level_weight: float = 1.0
     """`counterfactual`: weight of the true tokens' own log probability, >= 0."""
     answer_weight: float = 1.0
     """`counterfactual`: weight of the base model's answers to counterfactual questions, >= 0."""
-    others_weight: float = 0.5
-    """`counterfactual`: weight of other words' log probabilities where an answer is predicted, >= 0."""
+    others_weight: float = 1.0
+    """`counterfactual`: weight of other words' log probabilities where an answer is predicted, >= 0, for a
+    domain of 400 rows or more; up to four times that for smaller ones (`scaled_others_weight`)."""
     forget_cap: float = 8.0
     """Where `capped` stops pushing, in nats per token, > 0."""
     entropy_mask: Literal["threshold", "quantile", "none"] = "threshold"
@@ -90,6 +94,10 @@ class ExpertSettings:
         """Steps that a domain of so many rows is trained for, at most."""
         per_epoch = -(-num_rows // min(self.batch_rows, num_rows))
         return max(self.epochs * per_epoch, self.min_steps)
+
+    def scaled_others_weight(self, num_rows: int) -> float:
+        """`others_weight` of a domain of so many rows: what few rows say of other words carries less far."""
+        return self.others_weight * min(max(1.0, _MANY_ROWS / num_rows), _FEW_ROWS_FACTOR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
