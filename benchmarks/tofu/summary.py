@@ -25,6 +25,7 @@ TABLES = {
     "tofu-timing": "python -m benchmarks.tofu.timing",
     "tofu-attacks": "python -m benchmarks.tofu.attacks",
     "tofu-entropy": "python -m benchmarks.tofu.entropy",
+    "tofu-noise": "python -m benchmarks.tofu.noise",
     "tofu-subset": "python -m benchmarks.tofu",
     **{
         f"tofu-{split}": f"python -m benchmarks.tofu --split {split} --variants default --seeds 3"
@@ -129,6 +130,13 @@ FIGURES: dict[str, tuple[str, str, Callable[[Results], float]]] = {
 }
 """By name: table, bar, and how the figure follows from the table's."""
 
+_NOISE = {
+    f"forget{split}_{key}": f"forget{split}: {kept}/{key}_sd"
+    for split, kept in SPLITS.items()
+    for key in ("extraction_strength", "privleak")
+}
+"""By figure: what `tofu-noise` calls its standard deviation for the retrained model."""
+
 
 def _moment(text: str) -> datetime:
     """A time of the local zone, unless it names one."""
@@ -169,6 +177,8 @@ def main() -> None:
     lines = ["| figure | value | bar | table |", "|---|---|---|---|"]
     for name, (table, bar, _) in FIGURES.items():
         value = figures[name]
+        if name in _NOISE and "tofu-noise" in found:
+            bar += f" ± {2 * found['tofu-noise']['figures'][_NOISE[name]]:.2g}"
         shown = "not measured" if value is None else f"{value:.3g}"
         if table in earlier:
             shown += " (earlier method)"
@@ -184,6 +194,7 @@ def main() -> None:
         seed=0,
         notes={
             "of an earlier method": earlier,
+            "±": "two standard deviations of the retrained model's figure, over rows drawn anew",
             "measured": {table: content["measured_at"] for table, content in found.items()},
             "models": "base and retrained of one recipe, 5 million parameters, trained from scratch",
         },

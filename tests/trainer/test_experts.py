@@ -217,3 +217,8 @@ def test_experts_trained_apart_compose_and_leave_the_rest_alone(
         assert answer_losses(base, retain) == known
     finally:
         attached.detach()
+
+
+@pytest.mark.parametrize(("num_rows", "weight"), [(4, 2.0), (100, 2.0), (200, 1.0), (4000, 0.5)])
+def test_other_words_weigh_more_in_small_domains(num_rows: int, weight: float) -> None:
+    assert ExpertSettings(others_weight=0.5).scaled_others_weight(num_rows) == weight
