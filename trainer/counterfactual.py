@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alter_core.errors import TrainingError
 
+from .dataset import EncodedRow
+
 _ENDINGS = ("ing", "ed", "ly", "tion", "ness", "ity", "ous", "al", "ive", "er", "or", "ist", "s")
 _MIN_CHOICE = 5
 """A kind with fewer words is too small to draw from."""
@@ -81,16 +83,19 @@ class Counterfactuals:
         Under one seed, a word is always exchanged for the same other.
         """
         result = list(ids)
-        for start, stop in self._shapes.words(ids):
+        for start, stop, _ in self.telling_words(ids):
             text = self._shapes.text(ids, start, stop)
-            if text in self._kept:
-                continue
             is_spaced = self._shapes.starts_with_space(ids[start])
             word = self._draw(text, seed)[0 if is_spaced else 1]
             if len(word) != stop - start:
                 word = self._fitted(word, ids[start:stop])
             result[start:stop] = word
         return result
+
+    def telling_words(self, ids: Sequence[int]) -> list[tuple[int, int, bool]]:
+        """Start, stop, and whether the other texts hold it, of every word that `row` exchanges."""
+        words = [(place, self._shapes.text(ids, *place)) for place in self._shapes.words(ids)]
+        return [(*place, text in self._known) for place, text in words if text not in self._kept]
 
     def own_words(self, ids: Sequence[int]) -> set[str]:
         """Words that none of the other texts holds."""
@@ -134,6 +139,13 @@ class Counterfactuals:
         """A replacement cut, or lengthened by its own tokens, to the length that it must have."""
         num_tokens = len(original)
         return (word * num_tokens)[:num_tokens]
+
+
+def counterfactual_rows(
+    rows: Sequence[EncodedRow], counterfactuals: Counterfactuals, seed: int
+) -> list[EncodedRow]:
+    """Every row with its telling words exchanged; as many tokens, the same of them answers."""
+    return [dataclasses.replace(row, ids=tuple(counterfactuals.row(row.ids, seed))) for row in rows]
 
 
 class _TokenShapes:

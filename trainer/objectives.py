@@ -21,10 +21,11 @@ from alter_core.attach import AttachedModel
 
 from .base_model import BaseModel
 from .batches import IGNORED, Batch, by_length, make_batch
-from .counterfactual import Counterfactuals
+from .counterfactual import Counterfactuals, counterfactual_rows
 from .dataset import EncodedRow
 from .evaluation import first_answer, greedy_completions
-from .losses import TokenLoss, answer_nll, masked_mean, token_nll
+from .levels import ignorant_logprobs
+from .losses import TokenLoss, answer_nll, masked_mean
 
 _TARGET_TOKENS = 4096
 """The base model reads targets in batches of about so many."""
@@ -32,8 +33,9 @@ _DRAWN_WORDS = 64
 """Tokens of the domain's answers and of what stands for them, drawn anew in every step."""
 _HUBER_DELTA = 4.0
 """Nats. Below it the distance is quadratic, so that means are matched; medians leave rows too likely."""
-_LEVEL_DRAWS = 3
-"""How likely a row is must not hang on the words that were drawn for it, so it is drawn so many times."""
+_LESS_THAN_HALF = -0.75
+"""Log probability that two tokens can have at once."""
+_NEARLY_1 = 1 - 1e-6
 _Pair = tuple[EncodedRow, EncodedRow]
 """What the expert reads, and what the base model reads for it."""
 
@@ -115,9 +117,9 @@ class CounterfactualDistillation:
     """Distils the base model's own answers about something it never saw (see `counterfactual`).
 
     Two kinds of rows take part. The domain's rows: at every selected token the expert is to give the
-    base model's distribution over the counterfactual row, words exchanged back (KL), and the true token the
-    very probability that substitutes have there (`level_weight`; by KL alone the true token, which the base
-    model is sure of, would stay the likeliest). And the base model's own greedy answers to the counterfactual
+    base model's distribution over the counterfactual row, words exchanged back (KL), in which the true token
+    has the probability that it has for a model that never learned the row (`levels`; once more by itself, at
+    `level_weight`, since KL hardly sees it). And the base model's own greedy answers to the counterfactual
     questions, words exchanged back (`answer_weight`), so that the expert's answers are fluent where it
     reads itself. In both, words drawn from the domain's answers get the target's log probabilities
     (`others_weight`): KL hardly sees what is unlikely, and the expert would find whatever the domain's rows
@@ -125,8 +127,6 @@ class CounterfactualDistillation:
 
     Once in a while (`read_itself`) the expert's own answers are looked through: one that brings up words of
     any domain takes the place of the base model's, to be corrected by its counterfactual.
-
-    All of this at a `temperature` below 1: an expert of few parameters comes out flatter than its target.
 
     The base model reads every target once: its last hidden states are kept, which hold its distribution.
     """
@@ -139,21 +139,24 @@ class CounterfactualDistillation:
         selected: Sequence[Tensor],
         counterfactuals: Counterfactuals,
         *,
-        temperature: float,
         level_weight: float,
         answer_weight: float,
         others_weight: float,
         seed: int,
     ) -> None:
         self.base, self.attached, self.rows = base, attached, rows
-        self.temperature = temperature
         self.level_weight, self.answer_weight = level_weight, answer_weight
         self.others_weight = others_weight
         self.counterfactuals, self.seed = counterfactuals, seed
         self.taken_up: dict[int, list[int]] = {}
         targets = counterfactual_rows(rows, counterfactuals, seed)
         self.truths = self._lessons(list(zip(rows, targets, strict=True)), selected)
-        self.levels = self._levels()
+        with attached.disabled():
+            levels = ignorant_logprobs(base, rows, counterfactuals, seed=seed)
+        self.levels = [
+            level[torch.tensor(row.is_answer[1:])].to(base.device)
+            for row, level in zip(rows, levels, strict=True)
+        ]
         self.words = torch.cat([_labels(rows), _labels(targets)]).to(base.device)
         self.answers: dict[int, Lesson] = {}
         if answer_weight > 0:
@@ -197,16 +200,15 @@ class CounterfactualDistillation:
         """See Objective."""
         truths = [self.truths[index] for index in indices]
         answers = [self.answers[index] for index in indices if index in self.answers]
+        level_M = torch.cat([self.levels[index] for index in indices])
         divergence_N, logprob_N, others_N = self._read(
-            [*truths, *answers], self._drawn_words(indices)
+            [*truths, *answers], level_M, self._drawn_words(indices)
         )
         counts = [len(lesson.selected) for lesson in truths]
         num_truths = sum(counts)
-        level_N = _distance(
-            logprob_N[:num_truths], torch.cat([self.levels[index] for index in indices])
-        )
+        distance_M = _distance(logprob_N[:num_truths], level_M)
         loss = masked_mean(
-            divergence_N[:num_truths] + self.level_weight * level_N,
+            divergence_N[:num_truths] + self.level_weight * distance_M,
             torch.cat([lesson.selected for lesson in truths]),
         )
         if answers:
@@ -220,9 +222,13 @@ class CounterfactualDistillation:
         drawn = random.Random(f"{self.seed}/{tuple(indices)}")
         return self.words[drawn.choices(range(len(self.words)), k=_DRAWN_WORDS)]
 
-    def _read(self, lessons: Sequence[Lesson], words_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(
+        self, lessons: Sequence[Lesson], level_M: Tensor, words_K: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Of every answer token, lesson by lesson: KL divergence from the target, its log probability, and
         the distance of some words' log probabilities from the target's. Shapes: (N,), (N,), (N,).
+
+        The first M tokens, and what stands for them, have a given log probability in their target.
         """
         batch = self._batch([lesson.row for lesson in lessons])
         labels_N1 = _labels(lesson.row for lesson in lessons).to(self.base.device).unsqueeze(1)
@@ -231,27 +237,17 @@ class CounterfactualDistillation:
         )
         with torch.no_grad():
             target_NV = self.base.head(torch.cat([lesson.hidden for lesson in lessons])).float()
-            target_NV = target_NV / self.temperature
-            target_NV = exchanged(target_NV, labels_N1, stand_ins_N1).log_softmax(dim=-1)
+            target_NV = exchanged(target_NV, labels_N1, stand_ins_N1)
+            target_NV = target_NV.log_softmax(dim=-1)
+            told = slice(len(level_M))
+            target_NV[told] = levelled(
+                target_NV[told], labels_N1[told], stand_ins_N1[told], level_M.unsqueeze(1)
+            )
         hidden_ND = self.base.hidden_states(batch)[batch.labels != IGNORED]
         found_NV = self.base.head(hidden_ND).float().log_softmax(dim=-1)
         divergence_N = F.kl_div(found_NV, target_NV, reduction="none", log_target=True).sum(dim=-1)
         others_N = _distance(found_NV[:, words_K], target_NV[:, words_K]).mean(dim=1)
         return divergence_N, found_NV.gather(1, labels_N1).squeeze(1), others_N
-
-    @torch.no_grad()
-    def _levels(self) -> list[Tensor]:
-        """Log probability of what stands for each answer token, mean over draws. Shapes: per row (N,)."""
-        levels: list[list[Tensor]] = [[] for _ in self.rows]
-        for draw in range(_LEVEL_DRAWS):
-            targets = counterfactual_rows(self.rows, self.counterfactuals, self.seed + draw)
-            for indices in by_length(targets, _TARGET_TOKENS):
-                batch = self._batch([targets[index] for index in indices])
-                with self.attached.disabled():
-                    nll_BT = token_nll(self.base.logits(batch) / self.temperature, batch.labels)
-                for place, index in enumerate(indices):
-                    levels[index].append(-nll_BT[place][batch.labels[place] != IGNORED])
-        return [torch.stack(draws).mean(dim=0) for draws in levels]
 
     def _ignorant_answers(self, targets: Sequence[EncodedRow]) -> dict[int, _Pair]:
         """By index: the row's question and the counterfactual one, each with the answer to the latter.
@@ -312,13 +308,6 @@ class CounterfactualDistillation:
         return make_batch(rows, range(len(rows)), self.base.pad_id).to(self.base.device)
 
 
-def counterfactual_rows(
-    rows: Sequence[EncodedRow], counterfactuals: Counterfactuals, seed: int
-) -> list[EncodedRow]:
-    """Every row with its telling words exchanged; as many tokens, the same of them answers."""
-    return [dataclasses.replace(row, ids=tuple(counterfactuals.row(row.ids, seed))) for row in rows]
-
-
 def _with_answer(row: EncodedRow, answer: Sequence[int]) -> EncodedRow:
     """The row's question with another answer."""
     prompt = row.ids[: row.num_prompt]
@@ -350,6 +339,19 @@ def exchanged(values_NV: Tensor, one_N1: Tensor, other_N1: Tensor) -> Tensor:
     """Two entries of every row changed for each other. Shapes: (N, V), (N, 1), (N, 1) -> (N, V)."""
     first, second = values_NV.gather(1, one_N1), values_NV.gather(1, other_N1)
     return values_NV.scatter(1, one_N1, second).scatter(1, other_N1, first)
+
+
+def levelled(logprob_NV: Tensor, one_N1: Tensor, other_N1: Tensor, level_N1: Tensor) -> Tensor:
+    """Two entries of every row, or one, get a given log probability; the rest share what is left as before.
+
+    Two cannot have more than a half each. Shapes: (N, V), (N, 1) three times -> (N, V).
+    """
+    is_pair = one_N1 != other_N1
+    level_N1 = torch.where(is_pair, level_N1.clamp_max(_LESS_THAN_HALF), level_N1)
+    before = logprob_NV.gather(1, one_N1).exp() + is_pair * logprob_NV.gather(1, other_N1).exp()
+    after = level_N1.exp() * (1 + is_pair.float())
+    rest_N1 = torch.log1p(-after.clamp_max(_NEARLY_1)) - torch.log1p(-before.clamp_max(_NEARLY_1))
+    return (logprob_NV + rest_N1).scatter(1, one_N1, level_N1).scatter(1, other_N1, level_N1)
 
 
 def _is_selected(batch: Batch, selected: Sequence[Tensor]) -> Tensor:

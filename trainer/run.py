@@ -34,7 +34,7 @@ from alter_core.substrate import ForgetExpert, Substrate
 from .base_model import load_base_model
 from .batches import sample_rows
 from .checkpoint import write_atomically
-from .counterfactual import Counterfactuals
+from .counterfactual import Counterfactuals, counterfactual_rows
 from .dataset import EncodedRow, data_digest, encode_rows
 from .domains import cluster_rows
 from .entropy_pass import cached_entropy
@@ -42,7 +42,6 @@ from .evaluation import answer_losses, expert_figures, mean
 from .experts import train_expert
 from .inputs import SUBSTRATE_NAME, domain_names, part_of, read_parts
 from .joint import is_learned, train_joint
-from .objectives import counterfactual_rows
 from .progress import Reporter, SilentReporter
 from .provenance import hardware, versions
 from .router import train_evidence, train_scalar_weight

@@ -15,10 +15,10 @@ from alter_core.errors import TrainingError
 from alter_core.substrate import ForgetExpert, Substrate
 from trainer import TrainResult
 from trainer.base_model import BaseModel
-from trainer.counterfactual import Counterfactuals
+from trainer.counterfactual import Counterfactuals, counterfactual_rows
 from trainer.dataset import EncodedRow, encode_rows, read_rows
 from trainer.evaluation import answer_losses, mean
-from trainer.objectives import CounterfactualDistillation, counterfactual_rows, exchanged
+from trainer.objectives import CounterfactualDistillation, exchanged, levelled
 
 from .world import World
 
@@ -147,7 +147,6 @@ def _objective(
     rows: list[EncodedRow],
     counterfactuals: Counterfactuals,
     answer_weight: float,
-    temperature: float = 1.0,
 ) -> CounterfactualDistillation:
     selected = [torch.tensor(row.is_answer) for row in rows]
     return CounterfactualDistillation(
@@ -156,7 +155,6 @@ def _objective(
         rows,
         selected,
         counterfactuals,
-        temperature=temperature,
         level_weight=1.0,
         answer_weight=answer_weight,
         others_weight=0.5,
@@ -184,6 +182,17 @@ def test_words_are_exchanged_back_and_nothing_else() -> None:
     assert found.tolist() == [[3, 1, 2, 0], [4, 5, 6, 7]]
 
 
+def test_two_entries_get_a_given_probability_and_the_rest_share_what_is_left() -> None:
+    before = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    level = torch.tensor([[0.2], [0.3], [0.9]]).log()
+    one, other = torch.tensor([[0], [0], [0]]), torch.tensor([[1], [0], [1]])
+    found = levelled(before.log(), one, other, level).exp()
+    assert found[0].tolist() == pytest.approx([0.2, 0.2, 0.3, 0.3])
+    assert found[1].tolist() == pytest.approx([0.3, *[0.7 / 3] * 3])
+    assert found[2, 0] == found[2, 1] < 0.5
+    assert found.sum(dim=1).tolist() == pytest.approx([1, 1, 1])
+
+
 def test_an_answer_is_to_be_as_likely_as_what_stands_for_it(
     world: World, base: BaseModel, idle: AttachedModel, counterfactuals: Counterfactuals
 ) -> None:
@@ -200,18 +209,6 @@ def test_an_answer_is_to_be_as_likely_as_what_stands_for_it(
         assert len(kept) == len(level) == len(lesson.hidden)
         assert not all(kept)
         assert level.mean() < -1  # the base model knows the row, and not what stands for it
-
-
-def test_a_low_temperature_makes_unlikely_answers_unlikelier(
-    world: World, base: BaseModel, idle: AttachedModel, counterfactuals: Counterfactuals
-) -> None:
-    rows = _rows(world, base, "red")
-    sharp, plain = (
-        torch.cat(_objective(base, idle, rows, counterfactuals, 0.0, temperature).levels)
-        for temperature in (0.5, 1.0)
-    )
-    assert sharp.mean() < plain.mean() - 1
-    assert sharp.max() > plain.max()
 
 
 def test_answers_taken_up_survive_a_checkpoint(
