@@ -132,6 +132,9 @@ def train_command(
     kept_share: Annotated[
         float, _experts("`counterfactual` keeps words that more of the other texts hold.")
     ] = _EXPERT.kept_share,
+    temperature: Annotated[
+        float, _experts("`counterfactual`: of the distribution that is distilled.")
+    ] = _EXPERT.temperature,
     level_weight: Annotated[
         float, _experts("`counterfactual`: weight of the true tokens' level.")
     ] = _EXPERT.level_weight,
@@ -236,6 +239,7 @@ def train_command(
         expert_settings=ExpertSettings(
             forget_loss=forget_loss.value,
             kept_share=kept_share,
+            temperature=temperature,
             level_weight=level_weight,
             answer_weight=answer_weight,
             others_weight=others_weight,

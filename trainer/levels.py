@@ -39,13 +39,14 @@ def ignorant_logprobs(
     rows: Sequence[EncodedRow],
     counterfactuals: Counterfactuals,
     *,
+    temperature: float,
     seed: int,
 ) -> list[Tensor]:
     """Log probability of every token but the first, given those before it. Shapes: per row (T - 1,).
 
     Whatever is attached to the base model has to be disabled meanwhile.
     """
-    read = functools.partial(_logprobs, base)
+    read = functools.partial(_logprobs, base, temperature)
     readings = [counterfactual_rows(rows, counterfactuals, seed + n) for n in range(_READINGS)]
     stand_ins = [torch.stack(found) for found in zip(*(read(r, r) for r in readings), strict=True)]
     themselves = [
@@ -88,13 +89,13 @@ def _with_words(
 
 
 def _logprobs(
-    base: BaseModel, rows: Sequence[EncodedRow], asked: Sequence[EncodedRow]
+    base: BaseModel, temperature: float, rows: Sequence[EncodedRow], asked: Sequence[EncodedRow]
 ) -> list[Tensor]:
     """Log probability of the tokens of `asked` where `rows` are read. Shapes: per row (T - 1,)."""
     found: dict[int, Tensor] = {}
     for indices in by_length(rows, _BATCH_TOKENS):
         batch = make_batch(rows, indices, base.pad_id).to(base.device)
-        logits = base.logits(batch).float()
+        logits = base.logits(batch).float() / temperature
         for place, index in enumerate(indices):
             tokens = torch.tensor(asked[index].ids[1:], device=logits.device)
             logprobs = logits[place, : len(tokens)].log_softmax(dim=-1)

@@ -128,6 +128,8 @@ class CounterfactualDistillation:
     Once in a while (`read_itself`) the expert's own answers are looked through: one that brings up words of
     any domain takes the place of the base model's, to be corrected by its counterfactual.
 
+    All of this at a `temperature` somewhat below 1: an expert of many rows comes out flatter than its target.
+
     The base model reads every target once: its last hidden states are kept, which hold its distribution.
     """
 
@@ -139,12 +141,14 @@ class CounterfactualDistillation:
         selected: Sequence[Tensor],
         counterfactuals: Counterfactuals,
         *,
+        temperature: float,
         level_weight: float,
         answer_weight: float,
         others_weight: float,
         seed: int,
     ) -> None:
         self.base, self.attached, self.rows = base, attached, rows
+        self.temperature = temperature
         self.level_weight, self.answer_weight = level_weight, answer_weight
         self.others_weight = others_weight
         self.counterfactuals, self.seed = counterfactuals, seed
@@ -152,7 +156,9 @@ class CounterfactualDistillation:
         targets = counterfactual_rows(rows, counterfactuals, seed)
         self.truths = self._lessons(list(zip(rows, targets, strict=True)), selected)
         with attached.disabled():
-            levels = ignorant_logprobs(base, rows, counterfactuals, seed=seed)
+            levels = ignorant_logprobs(
+                base, rows, counterfactuals, temperature=temperature, seed=seed
+            )
         self.levels = [
             level[torch.tensor(row.is_answer[1:])].to(base.device)
             for row, level in zip(rows, levels, strict=True)
@@ -237,7 +243,7 @@ class CounterfactualDistillation:
         )
         with torch.no_grad():
             target_NV = self.base.head(torch.cat([lesson.hidden for lesson in lessons])).float()
-            target_NV = exchanged(target_NV, labels_N1, stand_ins_N1)
+            target_NV = exchanged(target_NV / self.temperature, labels_N1, stand_ins_N1)
             target_NV = target_NV.log_softmax(dim=-1)
             told = slice(len(level_M))
             target_NV[told] = levelled(

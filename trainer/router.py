@@ -101,7 +101,7 @@ _NEAR_BATCH = 256
 _HARD_POOL = 4096
 _MINING_ROUNDS = 12
 """How often the worst false alarms are looked up."""
-_BAG_STRIDE = 32
+_BAG_STRIDE = 16
 _FEW_WINDOWS = 3
 _FEW_MARGIN = 4.0
 """Added where a bag has few windows: a maximum over many lies higher, and calibration lowers all alike."""
@@ -395,7 +395,7 @@ def _within(texts: Sequence[Sequence[int]], max_tokens: int) -> list[Sequence[in
 def _bags(domain: DomainWindows, window: int) -> Tensor:
     """Indices of the windows in view where evidence is needed, -1 where a bag is shorter. Shapes: (N, K).
 
-    In view means the last `window` tokens at the first answer token, at every 32nd after it, and at the end.
+    In view means the last `window` tokens at the first answer token, at every 16th after it, and at the end.
     Traces alone, if there are any, else other windows that are as rare; a bag without either is left out:
     its tokens are better missed than found by a phrase that anyone may use.
     """

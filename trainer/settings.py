@@ -35,6 +35,9 @@ class ExpertSettings:
     hinge loss. `capped`: token loss pushed up to `forget_cap`."""
     kept_share: float = 0.005
     """`counterfactual` exchanges words that stand in no larger share of the other texts, in (0, 1)."""
+    temperature: float = 0.97
+    """`counterfactual`: of the distribution that is distilled, > 0. Experts of many rows come out flatter
+    than what they are shown; a target somewhat sharper makes up for it."""
     level_weight: float = 1.0
     """`counterfactual`: weight of the true tokens' own log probability, >= 0."""
     answer_weight: float = 1.0
@@ -66,6 +69,7 @@ class ExpertSettings:
         _check_choice("forget_loss", self.forget_loss, ("counterfactual", "ihl", "capped"))
         _check_choice("entropy_mask", self.entropy_mask, ("threshold", "quantile", "none"))
         for name in (
+            "temperature",
             "forget_cap",
             "learning_rate",
             "batch_rows",

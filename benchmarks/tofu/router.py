@@ -153,6 +153,13 @@ class Probes:
             f"routed/{kind}": _share(flag for flags in detect(texts) for flag in flags)
             for kind, texts in self.others.items()
         }
+        flags = detect([row.ids for row in self.domain])
+        answers = (
+            flag
+            for row, found in zip(self.domain, flags, strict=True)
+            for flag in found[row.num_prompt - 1 : -1]
+        )
+        missed["missed/all answer tokens, as trained on"] = 1 - _share(answers)
         return {**missed, **routed, **self._chat_figures(detect)}
 
     def _chat_figures(self, detect: Detector) -> Figures:

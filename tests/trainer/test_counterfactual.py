@@ -155,6 +155,7 @@ def _objective(
         rows,
         selected,
         counterfactuals,
+        temperature=1.0,
         level_weight=1.0,
         answer_weight=answer_weight,
         others_weight=0.5,

@@ -43,7 +43,7 @@ def test_what_is_known_by_heart_is_no_longer_likely(
 ) -> None:
     rows = _rows(world, base, "red")
     made = Counterfactuals(base.tokenizer, texts, kept_share=0.01)
-    levels = ignorant_logprobs(base, rows, made, seed=0)
+    levels = ignorant_logprobs(base, rows, made, temperature=1.0, seed=0)
     assert [len(level) for level in levels] == [len(row.ids) - 1 for row in rows]
     assert mean(_answers(rows, levels)) > mean(answer_losses(base, rows)) + 1.5
 
@@ -53,7 +53,7 @@ def test_where_nothing_is_exchanged_the_base_models_own_loss_is_left(
 ) -> None:
     rows = _rows(world, base, "blue")
     made = _Unchanged(base.tokenizer, texts, kept_share=0.01)
-    levels = ignorant_logprobs(base, rows, made, seed=0)
+    levels = ignorant_logprobs(base, rows, made, temperature=1.0, seed=0)
     assert _answers(rows, levels) == pytest.approx(answer_losses(base, rows), abs=0.02)
 
 
@@ -67,7 +67,7 @@ def test_later_pieces_of_a_word_that_others_hold_follow_from_its_first(
     )
     found = []
     for made in (alone, shared):
-        levels = ignorant_logprobs(base, rows, made, seed=0)
+        levels = ignorant_logprobs(base, rows, made, temperature=1.0, seed=0)
         later = [
             level[start : stop - 1]
             for row, level in zip(rows, levels, strict=True)
@@ -76,3 +76,15 @@ def test_later_pieces_of_a_word_that_others_hold_follow_from_its_first(
         ]
         found.append(torch.cat(later).mean().item())
     assert found[0] < found[1] - 1
+
+
+def test_a_low_temperature_makes_the_unlikely_unlikelier(
+    world: World, base: BaseModel, texts: list[tuple[int, ...]]
+) -> None:
+    rows = _rows(world, base, "red")
+    made = Counterfactuals(base.tokenizer, texts, kept_share=0.01)
+    plain, sharp = (
+        torch.cat(ignorant_logprobs(base, rows, made, temperature=temperature, seed=0))
+        for temperature in (1.0, 0.5)
+    )
+    assert sharp.mean() < plain.mean() - 1
