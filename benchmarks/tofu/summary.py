@@ -34,9 +34,6 @@ TABLES = {
 }
 """The command that measures each."""
 
-_WITHOUT_EXPERTS = ("tofu-router", "tofu-noise")
-"""Tables that hang on no expert's training."""
-
 
 def _of(key: str) -> Callable[[Results], float]:
     """A figure as the table has it."""
@@ -170,7 +167,7 @@ def main() -> None:
         table
         for table, content in found.items()
         if options.since
-        and table not in _WITHOUT_EXPERTS
+        and table != "tofu-noise"
         and datetime.fromisoformat(content["measured_at"]) < options.since
     ]
     figures: dict[str, float | None] = {}
