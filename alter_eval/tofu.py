@@ -341,7 +341,7 @@ def figures(found: ModelLogs, retrained: ModelLogs | None = None) -> dict[str, f
         "extraction_strength": fmean(row.extraction_strength for row in forget.rows),
         "exact_memorization": fmean(row.exact_memorization for row in forget.rows),
         "min_k_auc": _membership_auc(found),
-        "min_k_auc_perturbed": _perturbed_auc(forget),
+        "min_k_auc_perturbed": perturbed_auc(forget),
         "forget_word_leak": fmean(row.leaked_words > 0 for row in forget.rows),
         "repetition_rate": fmean(row.repetition_rate for row in forget.rows),
         "distinct_2": forget.distinct_2,
@@ -361,7 +361,7 @@ def figures(found: ModelLogs, retrained: ModelLogs | None = None) -> dict[str, f
                 [row.nll for row in forget.rows], [row.nll for row in other.rows]
             ),
             "privleak": _privleak(found, retrained),
-            "privleak_perturbed": metrics.privleak(_perturbed_auc(forget), _perturbed_auc(other)),
+            "privleak_perturbed": metrics.privleak(perturbed_auc(forget), perturbed_auc(other)),
         }
     return result
 
@@ -442,7 +442,7 @@ def _membership_auc(logs: ModelLogs) -> float | None:
     )
 
 
-def _perturbed_auc(log: SetLog) -> float:
+def perturbed_auc(log: SetLog) -> float:
     """Min-K AUC of a set's answers against its perturbed answers, which no model was trained on."""
     return metrics.membership_auc(
         [row.min_k for row in log.rows], [row.wrong_min_k for row in log.rows]

@@ -142,7 +142,8 @@ def train_command(
         float, _experts("`counterfactual`: weight of fluent ignorant answers.")
     ] = _EXPERT.answer_weight,
     others_weight: Annotated[
-        float, _experts("`counterfactual`: weight of other words' likelihood.")
+        float,
+        _experts("`counterfactual`: weight of other words' likelihood; grows below 400 rows."),
     ] = _EXPERT.others_weight,
     forget_cap: Annotated[float, _experts("Cap of `capped`, in nats.")] = _EXPERT.forget_cap,
     entropy_mask: Annotated[

@@ -48,27 +48,23 @@ def ignorant_logprobs(
     """
     read = functools.partial(_logprobs, base, temperature)
     readings = [counterfactual_rows(rows, counterfactuals, seed + n) for n in range(_READINGS)]
-    stand_ins = [torch.stack(found) for found in zip(*(read(r, r) for r in readings), strict=True)]
-    themselves = [
-        torch.stack(found) for found in zip(*(read(r, rows) for r in readings), strict=True)
-    ]
+    found = [read(told, [told, rows]) for told in readings]
     words = [counterfactuals.telling_words(row.ids) for row in rows]
     whole = []
     for turn in range(_TURNS):
         places = [[(start, stop) for start, stop, _ in row[turn::_TURNS]] for row in words]
-        whole.append(read(_with_words(readings[0], rows, places), rows))
+        whole.append(read(_with_words(readings[0], rows, places), [rows]))
     levels = []
-    for index, (stand_in, itself) in enumerate(zip(stand_ins, themselves, strict=True)):
-        level = stand_in.sort(dim=0).values[:_LOWER].mean(dim=0)
-        exchanged = (stand_in.mean(dim=0) + itself.mean(dim=0)) / 2
-        for number, (start, stop, is_known) in enumerate(words[index]):
+    for index, row_words in enumerate(words):
+        stand_ins, themselves = torch.stack([reading[index] for reading in found], dim=1)
+        level = stand_ins.sort(dim=0).values[:_LOWER].mean(dim=0)
+        stand_in, itself = stand_ins.mean(dim=0), themselves.mean(dim=0)
+        for number, (start, stop, is_known) in enumerate(row_words):
             # A token's log probability stands one place before the token.
-            piece = slice(max(start - 1, 0), stop - 1)
-            level[piece] = exchanged[piece]
-            if is_known:
-                later = slice(start, stop - 1)
-                own = whole[number % _TURNS][index]
-                level[later] = (stand_in.mean(dim=0)[later] + own[later]) / 2
+            first, later = slice(max(start - 1, 0), start), slice(start, stop - 1)
+            own = whole[number % _TURNS][index][0] if is_known else itself
+            level[first] = (stand_in[first] + itself[first]) / 2
+            level[later] = (stand_in[later] + own[later]) / 2
         levels.append(level)
     return levels
 
@@ -89,15 +85,21 @@ def _with_words(
 
 
 def _logprobs(
-    base: BaseModel, temperature: float, rows: Sequence[EncodedRow], asked: Sequence[EncodedRow]
+    base: BaseModel,
+    temperature: float,
+    rows: Sequence[EncodedRow],
+    asked: Sequence[Sequence[EncodedRow]],
 ) -> list[Tensor]:
-    """Log probability of the tokens of `asked` where `rows` are read. Shapes: per row (T - 1,)."""
+    """Log probability where `rows` are read, of the tokens of K other versions of each.
+
+    Shapes: per row (K, T - 1).
+    """
     found: dict[int, Tensor] = {}
     for indices in by_length(rows, _BATCH_TOKENS):
         batch = make_batch(rows, indices, base.pad_id).to(base.device)
         logits = base.logits(batch).float() / temperature
         for place, index in enumerate(indices):
-            tokens = torch.tensor(asked[index].ids[1:], device=logits.device)
-            logprobs = logits[place, : len(tokens)].log_softmax(dim=-1)
-            found[index] = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).cpu()
+            tokens = torch.tensor([version[index].ids[1:] for version in asked])
+            logprobs = logits[place, : tokens.shape[1]].log_softmax(dim=-1)
+            found[index] = logprobs.gather(1, tokens.T.to(logits.device)).T.cpu()
     return [found[index] for index in range(len(rows))]

@@ -14,6 +14,7 @@ from .router import EvidenceSettings
 
 _MANY_ROWS = 400
 _FEW_ROWS_FACTOR = 4.0
+"""Domains below so many rows get more of `others_weight`, so many times as much at most."""
 
 
 def _check(name: str, value: object, is_valid: bool, expected: str) -> None:

@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "ihl": {"expert_settings.forget_loss": "ihl"},
     "capped": {"expert_settings.forget_loss": "capped"},
+    "temperature_1": {"expert_settings.temperature": 1.0},
     "no_level": {"expert_settings.level_weight": 0.0},
     "no_answers": {"expert_settings.answer_weight": 0.0},
     "no_others": {"expert_settings.others_weight": 0.0},

@@ -42,17 +42,14 @@ def spread_by_rows(log: tofu.SetLog, seed: int) -> Figures:
     against itself, in percent.
     """
     generator = np.random.default_rng(seed)
-    whole = _auc(log.rows)
+    whole = tofu.perturbed_auc(log)
     strengths, leaks = [], []
     for _ in range(_DRAWS):
         rows = [log.rows[index] for index in generator.integers(len(log.rows), size=len(log.rows))]
         strengths.append(fmean(row.extraction_strength for row in rows))
-        leaks.append(metrics.privleak(_auc(rows), whole))
+        redrawn = tofu.perturbed_auc(log.model_copy(update={"rows": rows}))
+        leaks.append(metrics.privleak(redrawn, whole))
     return {"extraction_strength_sd": stdev(strengths), "privleak_sd": stdev(leaks)}
-
-
-def _auc(rows: list[tofu.RowLog]) -> float:
-    return metrics.membership_auc([row.min_k for row in rows], [row.wrong_min_k for row in rows])
 
 
 def main() -> None:

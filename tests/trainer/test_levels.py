@@ -23,6 +23,11 @@ def texts(world: World, base: BaseModel) -> list[tuple[int, ...]]:
     return [row.ids for part in ("retain", "general") for row in _rows(world, base, part)]
 
 
+@pytest.fixture
+def counterfactuals(base: BaseModel, texts: list[tuple[int, ...]]) -> Counterfactuals:
+    return Counterfactuals(base.tokenizer, texts, kept_share=0.01)
+
+
 class _Unchanged(Counterfactuals):
     """Exchanges nothing."""
 
@@ -39,11 +44,10 @@ def _answers(rows: Sequence[EncodedRow], levels: Sequence[torch.Tensor]) -> list
 
 
 def test_what_is_known_by_heart_is_no_longer_likely(
-    world: World, base: BaseModel, texts: list[tuple[int, ...]]
+    world: World, base: BaseModel, counterfactuals: Counterfactuals
 ) -> None:
     rows = _rows(world, base, "red")
-    made = Counterfactuals(base.tokenizer, texts, kept_share=0.01)
-    levels = ignorant_logprobs(base, rows, made, temperature=1.0, seed=0)
+    levels = ignorant_logprobs(base, rows, counterfactuals, temperature=1.0, seed=0)
     assert [len(level) for level in levels] == [len(row.ids) - 1 for row in rows]
     assert mean(_answers(rows, levels)) > mean(answer_losses(base, rows)) + 1.5
 
@@ -79,12 +83,11 @@ def test_later_pieces_of_a_word_that_others_hold_follow_from_its_first(
 
 
 def test_a_low_temperature_makes_the_unlikely_unlikelier(
-    world: World, base: BaseModel, texts: list[tuple[int, ...]]
+    world: World, base: BaseModel, counterfactuals: Counterfactuals
 ) -> None:
     rows = _rows(world, base, "red")
-    made = Counterfactuals(base.tokenizer, texts, kept_share=0.01)
     plain, sharp = (
-        torch.cat(ignorant_logprobs(base, rows, made, temperature=temperature, seed=0))
+        torch.cat(ignorant_logprobs(base, rows, counterfactuals, temperature=temperature, seed=0))
         for temperature in (1.0, 0.5)
     )
     assert sharp.mean() < plain.mean() - 1
