@@ -12,6 +12,7 @@ from alter_core.config import SITE_KINDS, AlterConfig
 from alter_core.errors import ConfigError
 
 from .progress import RichReporter
+from .router import EvidenceSettings
 from .run import train
 from .settings import ExpertSettings, SubstrateSettings, TrainSettings
 
@@ -21,6 +22,7 @@ _EXPERTS = "Expert training"
 _CONFIG = AlterConfig(tap_layer=0)
 _SUBSTRATE = SubstrateSettings()
 _EXPERT = ExpertSettings()
+_EVIDENCE = EvidenceSettings()
 _RUN = TrainSettings(model=Path(), out=Path(), forget={}, retain=())
 
 
@@ -161,6 +163,9 @@ def train_command(
     target_probability: Annotated[
         float, _experts("`ihl`, `capped`: stop once answers are this improbable; 0: never.")
     ] = _EXPERT.target_probability,
+    rewritten_dates: Annotated[
+        bool, _experts("A date in a question is evidence however it is written.")
+    ] = _EVIDENCE.rewritten_dates,
     allow_unknown: Annotated[
         bool, _experts("Train a domain that the base model does not seem to know.")
     ] = _RUN.allow_unknown,
@@ -237,6 +242,7 @@ def train_command(
             structure_weight=structure_weight,
             joint_steps=joint_steps,
         ),
+        evidence_settings=EvidenceSettings(rewritten_dates=rewritten_dates),
         expert_settings=ExpertSettings(
             forget_loss=forget_loss.value,
             kept_share=kept_share,

@@ -69,6 +69,7 @@ class Counterfactuals:
         self._kept = {word for word, count in frequency.items() if count > limit}
         rest = {w: c for w, c in frequency.items() if w not in self._kept}
         self._kinds = self._sort(rest) if rest else {}
+        self._drawn: dict[tuple[str, int], tuple[Word, Word]] = {}
         if not self._kinds:
             raise TrainingError(
                 "There is too little other text to draw words from",
@@ -86,7 +87,9 @@ class Counterfactuals:
         for start, stop, _ in self.telling_words(ids):
             text = self._shapes.text(ids, start, stop)
             is_spaced = self._shapes.starts_with_space(ids[start])
-            word = self._draw(text, seed)[0 if is_spaced else 1]
+            if (text, seed) not in self._drawn:
+                self._drawn[text, seed] = self._draw(text, seed)
+            word = self._drawn[text, seed][0 if is_spaced else 1]
             if len(word) != stop - start:
                 word = self._fitted(word, ids[start:stop])
             result[start:stop] = word

@@ -370,7 +370,8 @@ class _Run:
 
     def _head(self, name: str, embeddings: Tensor) -> tuple[EvidenceHead, dict[str, float]]:
         settings = self.settings.evidence_settings
-        num_steps = settings.members * settings.scaled(self.forget[name]).num_steps
+        num_members = min(settings.members, self.config.evidence_units)
+        num_steps = num_members * settings.scaled(self.forget[name]).num_steps
         with self.reporter.stage(f"{name}: evidence", num_steps) as stage:
             done = 0
 

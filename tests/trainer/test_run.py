@@ -327,10 +327,11 @@ def test_command_line_trains_and_names_what_it_made(world: World, tmp_path: Path
     arguments += ["--epochs", 1, "--min-steps", 3]
     arguments += ["--retain", world.files["retain"], "--general", world.files["general"]]
     arguments += ["--evaluation-rows", 0, "--rank", 4, "--target-modules", "qkv,down"]
-    arguments += ["--router", "evidence", "--device", "cpu"]
+    arguments += ["--router", "evidence", "--device", "cpu", "--no-rewritten-dates"]
     result = CliRunner().invoke(app, [str(world.model), *map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert f"red\t{out / 'red'}" in result.stdout
+    assert read_manifest(out / "red").training.settings["evidence.rewritten_dates"] is False
     config = read_manifest(out / "substrate").config
     assert (config.rank, config.lora_alpha) == (4, 8)
     assert config.target_modules == ("qkv", "down")
