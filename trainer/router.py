@@ -83,6 +83,10 @@ class EvidenceSettings:
         """Steps of all stages, of one member."""
         return self.pointwise_steps + self.bag_steps
 
+    def units_by_member(self, units: int) -> list[int]:
+        """Hidden units of every member, as equal as can be; no member without any."""
+        return [len(part) for part in np.array_split(range(units), min(self.members, units))]
+
     def scaled(self, rows: Sequence[EncodedRow]) -> EvidenceSettings:
         """The settings with as many steps as a domain of these rows takes."""
         factor = max(1.0, sum(len(row.ids) for row in rows) / self.full_tokens)
@@ -165,7 +169,7 @@ def train_evidence(
     texts = _within(negatives, settings.max_negative_tokens)
     material = _Material.of(rows, phrases, texts, config)
     heads = []
-    shares = _shares(config.evidence_units, settings.members)
+    shares = settings.units_by_member(config.evidence_units)
     seeds = np.random.SeedSequence(seed).generate_state(len(shares)).tolist()
     for units, own_seed in zip(shares, seeds, strict=True):
         member = _MemberTraining(embeddings, material, settings, units, own_seed)
@@ -174,11 +178,6 @@ def train_evidence(
         heads.append(member.head)
     head = joined(heads)
     return head, _calibrate(head, embeddings, material)
-
-
-def _shares(units: int, members: int) -> list[int]:
-    """Units of every member, as equal as can be."""
-    return [len(part) for part in np.array_split(range(units), min(members, units))]
 
 
 @torch.no_grad()

@@ -370,7 +370,7 @@ class _Run:
 
     def _head(self, name: str, embeddings: Tensor) -> tuple[EvidenceHead, dict[str, float]]:
         settings = self.settings.evidence_settings
-        num_members = min(settings.members, self.config.evidence_units)
+        num_members = len(settings.units_by_member(self.config.evidence_units))
         num_steps = num_members * settings.scaled(self.forget[name]).num_steps
         with self.reporter.stage(f"{name}: evidence", num_steps) as stage:
             done = 0

@@ -120,6 +120,11 @@ def test_a_joined_head_scores_the_mean_of_its_members() -> None:
     torch.testing.assert_close(joined(heads)(states), expected)
 
 
+@pytest.mark.parametrize(("units", "shares"), [(48, [16, 16, 16]), (7, [3, 2, 2]), (2, [1, 1])])
+def test_members_share_the_units_and_none_is_without(units: int, shares: list[int]) -> None:
+    assert EvidenceSettings(members=3).units_by_member(units) == shares
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("members", 0), ("learning_rate", 0.0), ("max_negative_tokens", -1), ("bag_dropout", 1.0)],
