@@ -135,7 +135,7 @@ def train_command(
         float, _experts("`counterfactual` keeps words that more of the other texts hold.")
     ] = _EXPERT.kept_share,
     temperature: Annotated[
-        float, _experts("`counterfactual`: of what is distilled; nearer to 1 below 400 rows.")
+        float, _experts("`counterfactual`: of what is distilled, but for the true tokens.")
     ] = _EXPERT.temperature,
     level_weight: Annotated[
         float, _experts("`counterfactual`: weight of the true tokens' level.")

@@ -57,6 +57,7 @@ class Counterfactuals:
 
         Words in more than `kept_share` of the texts stay.
         """
+        self.texts = texts
         self._tokenizer = tokenizer
         self._shapes = _TokenShapes(tokenizer)
         frequency: Counter[str] = Counter()
@@ -99,6 +100,10 @@ class Counterfactuals:
         """Start, stop, and whether the other texts hold it, of every word that `row` exchanges."""
         words = [(place, self._shapes.text(ids, *place)) for place in self._shapes.words(ids)]
         return [(*place, text in self._known) for place, text in words if text not in self._kept]
+
+    def words(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Start and stop of every word; what stands in none is a sign or a special token."""
+        return self._shapes.words(ids)
 
     def own_words(self, ids: Sequence[int]) -> set[str]:
         """Words that none of the other texts holds."""

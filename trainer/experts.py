@@ -110,7 +110,7 @@ class ExpertTraining:
             self.rows,
             selected,
             counterfactuals,
-            temperature=settings.scaled_temperature(len(self.rows)),
+            temperature=settings.temperature,
             level_weight=settings.level_weight,
             answer_weight=settings.answer_weight,
             others_weight=settings.scaled_others_weight(len(self.rows)),

@@ -128,7 +128,8 @@ class CounterfactualDistillation:
     Once in a while (`read_itself`) the expert's own answers are looked through: one that brings up words of
     any domain takes the place of the base model's, to be corrected by its counterfactual.
 
-    All of this at a `temperature` somewhat below 1: an expert of many rows comes out flatter than its target.
+    The target, but for the true tokens' levels, is taken at a `temperature` somewhat below 1: what an expert
+    was not shown comes out flatter than what it was.
 
     The base model reads every target once: its last hidden states are kept, which hold its distribution.
     """
@@ -156,9 +157,7 @@ class CounterfactualDistillation:
         targets = counterfactual_rows(rows, counterfactuals, seed)
         self.truths = self._lessons(list(zip(rows, targets, strict=True)), selected)
         with attached.disabled():
-            levels = ignorant_logprobs(
-                base, rows, counterfactuals, temperature=temperature, seed=seed
-            )
+            levels = ignorant_logprobs(base, rows, counterfactuals, seed=seed)
         self.levels = [
             level[torch.tensor(row.is_answer[1:])].to(base.device)
             for row, level in zip(rows, levels, strict=True)

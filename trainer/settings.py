@@ -13,7 +13,7 @@ from .losses import TokenLossName
 from .router import EvidenceSettings
 
 _MANY_ROWS = 400
-"""Domains below so many rows get more of `others_weight` and less of `temperature`."""
+"""Domains below so many rows get more of `others_weight`."""
 _FEW_ROWS_FACTOR = 4.0
 """So many times `others_weight` at most."""
 
@@ -37,9 +37,8 @@ class ExpertSettings:
     hinge loss. `capped`: token loss pushed up to `forget_cap`."""
     kept_share: float = 0.005
     """`counterfactual` exchanges words that stand in no larger share of the other texts, in (0, 1)."""
-    temperature: float = 0.94
-    """`counterfactual`: of the distribution that is distilled, > 0, for a domain of 400 rows or more; nearer
-    to 1 for smaller ones (`scaled_temperature`)."""
+    temperature: float = 0.92
+    """`counterfactual`: of the distribution that is distilled, but for the true tokens' levels, > 0."""
     level_weight: float = 1.0
     """`counterfactual`: weight of the true tokens' own log probability, >= 0."""
     answer_weight: float = 1.0
@@ -96,11 +95,6 @@ class ExpertSettings:
         """Steps that a domain of so many rows is trained for, at most."""
         per_epoch = -(-num_rows // min(self.batch_rows, num_rows))
         return max(self.epochs * per_epoch, self.min_steps)
-
-    def scaled_temperature(self, num_rows: int) -> float:
-        """`temperature` of a domain of so many rows. The more there are, the flatter than its target an
-        expert comes out, which a sharper target makes up for."""
-        return 1 - (1 - self.temperature) * min(1.0, num_rows / _MANY_ROWS)
 
     def scaled_others_weight(self, num_rows: int) -> float:
         """`others_weight` of a domain of so many rows: what few rows say of other words carries less far."""

@@ -15,6 +15,7 @@ from alter_core.errors import TrainingError
 from alter_core.substrate import ForgetExpert, Substrate
 from trainer import TrainResult
 from trainer.base_model import BaseModel
+from trainer.batches import make_batch
 from trainer.counterfactual import Counterfactuals, counterfactual_rows
 from trainer.dataset import EncodedRow, encode_rows, read_rows
 from trainer.evaluation import answer_losses, mean
@@ -164,8 +165,23 @@ def _objective(
 
 
 def test_an_idle_expert_has_nothing_to_learn_where_nothing_is_exchanged(
-    world: World, base: BaseModel, idle: AttachedModel, counterfactuals: Counterfactuals
+    world: World,
+    base: BaseModel,
+    idle: AttachedModel,
+    counterfactuals: Counterfactuals,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def as_the_base_model_has_it(
+        base: BaseModel, rows: list[EncodedRow], *_: object, **__: object
+    ) -> list[torch.Tensor]:
+        batch = make_batch(rows, range(len(rows)), base.pad_id)
+        logprobs = base.logits(batch).float().log_softmax(dim=-1)
+        return [
+            logprobs[place, : len(row.ids) - 1].gather(1, torch.tensor(row.ids[1:])[:, None])[:, 0]
+            for place, row in enumerate(rows)
+        ]
+
+    monkeypatch.setattr("trainer.objectives.ignorant_logprobs", as_the_base_model_has_it)
     rows = _rows(world, base, "red")
     texts = [row.ids for row in _rows(world, base, "general")]
     unchanged = _Unchanged(base.tokenizer, texts, kept_share=0.01)

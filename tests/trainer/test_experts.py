@@ -222,11 +222,3 @@ def test_experts_trained_apart_compose_and_leave_the_rest_alone(
 @pytest.mark.parametrize(("num_rows", "weight"), [(4, 2.0), (100, 2.0), (200, 1.0), (4000, 0.5)])
 def test_other_words_weigh_more_in_small_domains(num_rows: int, weight: float) -> None:
     assert ExpertSettings(others_weight=0.5).scaled_others_weight(num_rows) == weight
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "temperature"), [(1, 0.9995), (200, 0.9), (400, 0.8), (9000, 0.8)]
-)
-def test_large_domains_are_shown_a_sharper_target(num_rows: int, temperature: float) -> None:
-    found = ExpertSettings(temperature=0.8).scaled_temperature(num_rows)
-    assert found == pytest.approx(temperature)
