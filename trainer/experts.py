@@ -35,6 +35,9 @@ _WARMUP_STEPS = 10
 _READINGS = (0.4, 0.6, 0.8)
 """When, as shares of all steps, the expert's own answers are looked through."""
 _MAX_GRADIENT_NORM = 1.0
+_TRIAL = 1.05
+"""B_f is scaled by so much to see what that does, and by what follows within these bounds."""
+_LEAST_SCALE, _MOST_SCALE = 0.9, 1.1
 
 
 def select_answer_tokens(
@@ -184,6 +187,25 @@ class ExpertTraining:
         self.optimizer.zero_grad(set_to_none=True)
         return term.value.item()
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Scales B_f so that tokens are as likely on average as they were to be.
+
+        Steps end a few per cent short of that, always on the base model's side, and loss is all but linear
+        in the scale there.
+        """
+        before = self.objective.excess()
+        if before == 0:
+            return
+        self._scale(_TRIAL)
+        slope = (before - self.objective.excess()) / (_TRIAL - 1)
+        scale = 1 + before / slope if slope > 0 else 1.0
+        self._scale(min(max(scale, _LEAST_SCALE), _MOST_SCALE) / _TRIAL)
+
+    def _scale(self, factor: float) -> None:
+        for lora_b in self.lora_b.values():
+            lora_b.mul_(factor)
+
 
 def _schedule(step: int, num_steps: int) -> float:
     """Share of the peak learning rate: a short rise, then a straight line down to a tenth."""
@@ -222,6 +244,7 @@ def train_expert(
             stage.step(step, loss=loss, probability=probability)
             if step % settings.checkpoint_every == 0:
                 training.checkpoint(step).write(checkpoint, run)
+        training.settle()
     finally:
         training.close()
     if not any(bool(tensor.any()) for tensor in training.lora_b.values()):

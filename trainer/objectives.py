@@ -57,6 +57,9 @@ class Objective(Protocol):
     def read_itself(self) -> None:
         """Takes the expert's own answers, as they are now, into account."""
 
+    def excess(self) -> float:
+        """How much likelier than they are to be tokens are on average, nats; 0 where no level is set."""
+
     def tensors(self) -> dict[str, Tensor]:
         """State beside the expert, for a checkpoint."""
 
@@ -88,6 +91,10 @@ class TokenPush:
 
     def read_itself(self) -> None:
         """See Objective; nothing to do."""
+
+    def excess(self) -> float:
+        """See Objective; there is none."""
+        return 0.0
 
     def tensors(self) -> dict[str, Tensor]:
         """See Objective; there is none."""
@@ -178,6 +185,21 @@ class CounterfactualDistillation:
             asked = self.counterfactuals.own_words(row.ids[: row.num_prompt])
             if self.counterfactuals.own_words(answer) & self.counterfactuals.domain_words - asked:
                 self._take_up(index, answer)
+
+    @torch.no_grad()
+    def excess(self) -> float:
+        """See Objective; of the selected tokens."""
+        total, count = 0.0, 0
+        for indices in by_length(self.rows, _TARGET_TOKENS):
+            batch = self._batch([self.rows[index] for index in indices])
+            is_label = batch.labels != IGNORED
+            found_NV = self.base.head(self.base.hidden_states(batch)[is_label]).float()
+            logprob_N = -F.cross_entropy(found_NV, batch.labels[is_label], reduction="none")
+            level_N = torch.cat([self.levels[index] for index in indices])
+            is_selected = torch.cat([self.truths[index].selected for index in indices])
+            total += (logprob_N - level_N)[is_selected].sum().item()
+            count += int(is_selected.sum())
+        return total / count
 
     def _take_up(self, index: int, answer: Sequence[int]) -> None:
         own = _with_answer(self.rows[index], answer)

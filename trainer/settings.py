@@ -14,7 +14,7 @@ from .router import EvidenceSettings
 
 _MANY_ROWS = 400
 """Domains below so many rows get more of `others_weight`."""
-_FEW_ROWS_FACTOR = 4.0
+_FEW_ROWS_FACTOR = 2.0
 """So many times `others_weight` at most."""
 
 
@@ -37,15 +37,15 @@ class ExpertSettings:
     hinge loss. `capped`: token loss pushed up to `forget_cap`."""
     kept_share: float = 0.005
     """`counterfactual` exchanges words that stand in no larger share of the other texts, in (0, 1)."""
-    temperature: float = 0.92
+    temperature: float = 0.9
     """`counterfactual`: of the distribution that is distilled, but for the true tokens' levels, > 0."""
-    level_weight: float = 1.0
+    level_weight: float = 2.0
     """`counterfactual`: weight of the true tokens' own log probability, >= 0."""
     answer_weight: float = 1.0
     """`counterfactual`: weight of the base model's answers to counterfactual questions, >= 0."""
-    others_weight: float = 0.5
+    others_weight: float = 1.0
     """`counterfactual`: weight of other words' log probabilities where an answer is predicted, >= 0, for a
-    domain of 400 rows or more; up to four times that for smaller ones (`scaled_others_weight`)."""
+    domain of 400 rows or more; up to twice that for smaller ones (`scaled_others_weight`)."""
     forget_cap: float = 8.0
     """Where `capped` stops pushing, in nats per token, > 0."""
     entropy_mask: Literal["threshold", "quantile", "none"] = "threshold"
