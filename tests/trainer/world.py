@@ -33,6 +33,8 @@ _FACTS = {
     "Maria Stone": ("Hull", "8 October 1972", "tea"),
     "Peter Green": ("York", "5 January 1983", "ink"),
 }
+FORM_ALONE = 0.625
+"""ROUGE-L recall of answers with everything right but the name, the town, the date and the goods."""
 GENERAL = [
     "The river runs past the mill and turns the old wheel all day long.",
     "In the morning the market opens and people come to buy bread and fruit.",
