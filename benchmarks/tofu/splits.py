@@ -14,13 +14,16 @@ from .reference import WHOLE_TOFU, Recipe, facts, read_tofu
 ROWS_PER_AUTHOR = 20
 SUBSET = "subset"
 QUICK = "quick"
+HALF = "half"
 SPLITS = {"01": "retain99", "05": "retain95", "10": "retain90"}
 """The retained rows' file by split."""
 _SUBSET_DOMAINS = {"authors-193-196": range(192, 196), "authors-197-200": range(196, 200)}
 _SUBSET_RETAIN = range(32)
 _QUICK_DOMAINS = {"authors-197-200": range(196, 200)}
 _QUICK_RETAIN = range(12)
-_SUBSET_HOLDOUT = range(100, 108)
+_HALF_DOMAINS = {"authors-181-200": range(180, 200)}
+_HALF_RETAIN = range(20)
+_HOLDOUT = range(100, 108)
 _RETAIN_STRIDE = 4
 """Where time is short, every fourth row of TOFU's retain set is measured."""
 
@@ -45,11 +48,15 @@ class Split:
 
 
 def load_split(data: Path, name: str) -> Split:
-    """`01`, `05`, `10`; `subset`: 40 authors, 8 of them forgotten in two domains; `quick`: 4 of 16 in one."""
+    """`01`, `05`, `10`; and, for less time, `subset`: 40 authors, 8 of them forgotten in two domains;
+    `half`: forget10 in one domain beside 20 other authors; `quick`: 4 of 16 authors in one domain.
+    """
     if name == SUBSET:
         return _part(data, name, _SUBSET_DOMAINS, _SUBSET_RETAIN)
     if name == QUICK:
         return _part(data, name, _QUICK_DOMAINS, _QUICK_RETAIN)
+    if name == HALF:
+        return _part(data, name, _HALF_DOMAINS, _HALF_RETAIN)
     return Split(
         name=name,
         known=read_tofu(data, "full"),
@@ -91,8 +98,11 @@ def _part(data: Path, name: str, forgotten: dict[str, range], kept: range) -> Sp
     measured["forget"] = [
         perturbed[row.question] for members in domains.values() for row in members
     ]
-    measured["retain"] = measured["retain"][::_RETAIN_STRIDE]
     retain = rows(kept)
+    known = {row.question for row in retain}
+    measured["retain"] = [row for row in measured["retain"] if row.question in known][
+        ::_RETAIN_STRIDE
+    ]
     return Split(
         name=name,
         known=[row for members in domains.values() for row in members] + retain,
@@ -100,6 +110,6 @@ def _part(data: Path, name: str, forgotten: dict[str, range], kept: range) -> Sp
         retain=retain,
         facts=facts(data),
         measured=measured,
-        holdout=rows(_SUBSET_HOLDOUT),
+        holdout=rows(_HOLDOUT),
         recipe=Recipe(),
     )
