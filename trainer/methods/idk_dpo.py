@@ -37,7 +37,10 @@ REFUSALS = (
 
 
 def dpo_loss(preferred_log_ratio: Tensor, other_log_ratio: Tensor, beta: float) -> Tensor:
-    """-(2 / beta) mean log sigmoid(beta (preferred - other)), of log(p / p_base). Shapes: (B,), (B,) -> ()."""
+    """-(2 / beta) mean log sigmoid(beta (preferred - other)), both log(p / p_base) of whole answers.
+
+    Shapes: (B,), (B,) -> ().
+    """
     return -2 / beta * F.logsigmoid(beta * (preferred_log_ratio - other_log_ratio)).mean()
 
 

@@ -57,4 +57,4 @@ class NpoGd(RetainNll, Npo):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NpoKl(RetainKl, Npo):
-    """NPO beside KL divergence from the base model on retained rows. Source: arXiv 2404.05868, section 5.1."""
+    """NPO beside KL from the base model on retained rows. Source: arXiv 2404.05868, section 5.1."""

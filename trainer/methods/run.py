@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from alter_core.bundle import DataDigest
 from alter_core.errors import ConfigError, TrainingError
-from trainer.base_model import BaseModel, load_base_model
+from trainer.base_model import BaseModel, load_base_model, without_progress_bar
 from trainer.batches import at_step
 from trainer.checkpoint import finite
 from trainer.dataset import Row, check_disjoint, data_digest, encode_rows, read_rows
@@ -239,7 +239,8 @@ class _Run:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
-            model.save_pretrained(partial)
+            with without_progress_bar():
+                model.save_pretrained(partial)
             self.base.tokenizer.save_pretrained(partial)
             content = self._record() | record
             (partial / METHOD_FILE).write_text(

@@ -34,7 +34,7 @@ class Whp(TokenMethod):
     v are logits at the forgotten answers, v_reinforced those of a copy of the base model that was trained
     on the answers for some more epochs: what it raises is specific to them. Token level. Source: Eldan &
     Russinovich 2023 (arXiv 2310.02238), Eq. 1; their dictionary of anchored terms, which another language
-    model writes, is left out.
+    model writes, is left out. A model that knows the rows by heart moves slowly: reinforce at length.
     """
 
     alpha: float = 5.0
