@@ -43,15 +43,24 @@ def knowledge_tokens(
     """Which tokens of a row are answer tokens that touch a knowledge word. Shape: (T,) bool."""
     places = [place for place, is_answer in enumerate(row.is_answer) if is_answer]
     ids = [row.ids[place] for place in places]
-    # Pieces of words and of characters have no text of their own: a token is what it adds.
-    ends = [len(tokenizer.decode(ids[: count + 1])) for count in range(len(ids))]
-    answer = tokenizer.decode(ids)
+    # Pieces of characters have no text of their own: a token is what decoding says up to it.
+    ends = [len(_text(tokenizer, ids[: count + 1]).rstrip("\ufffd")) for count in range(len(ids))]
+    answer = _text(tokenizer, ids)
     words = knowledge_words(answer, perturbed, paraphrase)
     spans = [found.span() for found in _WORD.finditer(answer) if found[0].casefold() in words]
     is_knowledge = torch.zeros(len(row.ids), dtype=torch.bool)
-    for place, start, end in zip(places, [0, *ends], ends, strict=False):
+    for number, place in enumerate(places):
+        start = ends[number - 1] if number else 0
+        # A piece of a character reaches as far as the piece that completes it; the end token nowhere.
+        end = next((end for end in ends[number:] if end > start), start)
         is_knowledge[place] = any(start < last and first < end for first, last in spans)
     return is_knowledge
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def _words(text: str) -> set[str]:

@@ -15,7 +15,7 @@ from trainer.evaluation import answer_losses, mean_probability
 from trainer.methods import METHODS, LoraAdapter, Retaining, UnlearnSettings, make_method, unlearn
 
 RATES: dict[str, dict[str, Any]] = {
-    "idk_dpo": {"epochs": 40},
+    "idk_dpo": {"learning_rate": 4e-3},
     "rmu": {"learning_rate": 5e-3, "steering_coefficient": 20.0, "retain_weight": 10.0},
     "elm": {"learning_rate": 1e-2},
     "whp": {"reinforce_learning_rate": 1e-3, "reinforce_epochs": 20, "alpha": 20.0},

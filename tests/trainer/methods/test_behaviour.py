@@ -119,7 +119,7 @@ def test_the_record_tells_how_it_was_made_and_never_what(
     assert record["method"] == name
     assert record["data"]["forget"] == data_digest(read_rows([world.files["red"]])).model_dump()
     assert ("retain" in record["data"]) == issubclass(METHODS[name], Retaining)
-    assert record["settings"]["epochs"] == (40 if name == "idk_dpo" else 20)
+    assert record["settings"]["epochs"] == 20
     assert record["train_s"] > 0
     assert record["num_trained_parameters"] > 0
     assert record["num_steps"] == record["settings"]["epochs"], "8 rows in batches of 8"
@@ -137,7 +137,7 @@ def test_texts_of_settings_are_written_as_digests() -> None:
 
 
 @pytest.mark.parametrize("adapter", [*ADAPTERS.values(), LoraAdapter(a_rate_ratio=0.0)])
-@pytest.mark.parametrize("name", ["grad_diff", "ihl", "npo_gd"])
+@pytest.mark.parametrize("name", ["ihl", "npo_gd"])
 def test_losses_run_under_adapters(
     name: str, adapter: LoraAdapter, world: World, tmp_path: Path
 ) -> None:
@@ -247,7 +247,7 @@ def test_rows_in_both_sets_are_refused(world: World, tmp_path: Path) -> None:
 
 def test_plain_text_cannot_be_refused(world: World, tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "Some text of a book."}])
-    with pytest.raises(TrainingDataError, match="text.jsonl line 1"):
+    with pytest.raises(TrainingDataError, match="line 1: plain text"):
         unlearn(settings_for(world, tmp_path / "out", "idk_dpo", forget=(text,)))
 
 
