@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -43,17 +44,20 @@ class LoraAdapter:
         )
         adapted = get_peft_model(model, config)
         if self.a_rate_ratio == 0:
-            for parameter in _lora_a(model).values():
+            for parameter in _matrices(model, "lora_A"):
                 parameter.requires_grad_(False)
         return adapted
 
-    def learning_rates(self, model: PreTrainedModel, rate: float) -> dict[str, float]:
-        """Peak rate of every parameter that differs from the method's, by name."""
-        return dict.fromkeys(_lora_a(model), self.a_rate_ratio * rate)
+    def groups(self, model: PreTrainedModel, rate: float) -> list[dict[str, Any]]:
+        """AdamW's groups of an adapted model: B at `rate`, and A at its own if it learns."""
+        groups = [{"params": _matrices(model, "lora_B"), "lr": rate}]
+        if self.a_rate_ratio > 0:
+            groups.append({"params": _matrices(model, "lora_A"), "lr": self.a_rate_ratio * rate})
+        return groups
 
 
-def _lora_a(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    return {name: value for name, value in model.named_parameters() if ".lora_A." in name}
+def _matrices(model: PreTrainedModel, kind: str) -> list[nn.Parameter]:
+    return [value for name, value in model.named_parameters() if f".{kind}." in name]
 
 
 ADAPTERS = {"lora": LoraAdapter(), "asymlora": LoraAdapter(a_rate_ratio=0.01)}

@@ -103,7 +103,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def forget_loss(self, task: Task) -> ForgetLoss:
-        """Prepares what the loss needs, and returns it.
+        """Prepares what the loss needs, and returns it. `task.model` still is the base model then.
 
         Raises: TrainingDataError if the rows are not of a kind that the method can forget.
         """

@@ -28,7 +28,7 @@ def fit(
     `groups` are AdamW's, each with its peak `lr`. Raises: TrainingError where a loss or its gradient is not
     finite, before the step is taken.
     """
-    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warmup_steps) * (1 - step / num_steps)
     )

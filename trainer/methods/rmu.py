@@ -40,12 +40,14 @@ class Rmu(Retaining):
     [0, 1), then normalised) that stays the same. Only the MLPs' down projections of a few layers learn.
     Source: Li et al. 2024, WMDP (arXiv 2403.03218), section 4; the mean over features as in its code, the
     paper's sum is D times that. Counted are positions that predict answers (of plain text all), as
-    open-unlearning counts them on TOFU. The paper's alpha is `retain_weight`, 1200 for Zephyr-7B.
+    open-unlearning counts them on TOFU.
 
     Raises: ConfigError for a layer that the model lacks, UnsupportedModelError without down projections.
     """
 
     learning_rate: float = 5e-5
+    retain_weight: float = 1200.0
+    """The paper's alpha, for Zephyr-7B; > 0."""
     steering_coefficient: float = 6.5
     """c: the length of the target; the scale of the model's hidden states decides what is much. > 0."""
     layer: int | None = None

@@ -198,9 +198,7 @@ class _Run:
             for parameter in learned.values():
                 parameter.requires_grad_(True)
             return [{"params": [*learned.values()], "lr": rate}]
-        rates = adapter.learning_rates(self.base.model, rate)
-        named = {n: p for n, p in self.base.model.named_parameters() if p.requires_grad}
-        return [{"params": [value], "lr": rates.get(name, rate)} for name, value in named.items()]
+        return adapter.groups(self.base.model, rate)
 
     def _fit(self, groups: list[dict[str, Any]], forget_loss: Any) -> dict[str, float]:
         task, method = self.task, self.method

@@ -15,7 +15,7 @@ from trainer.evaluation import answer_losses, mean_probability
 from trainer.methods import METHODS, LoraAdapter, Retaining, UnlearnSettings, make_method, unlearn
 
 RATES: dict[str, dict[str, Any]] = {
-    "idk_dpo": {"learning_rate": 4e-3},
+    "idk_dpo": {"learning_rate": 6e-3},
     "rmu": {"learning_rate": 5e-3, "steering_coefficient": 20.0, "retain_weight": 10.0},
     "elm": {"learning_rate": 1e-2},
     "whp": {"reinforce_learning_rate": 1e-3, "reinforce_epochs": 20, "alpha": 20.0},
@@ -24,7 +24,7 @@ RATES: dict[str, dict[str, Any]] = {
 
 def settings_for(world: World, out: Path, name: str, **changes: Any) -> UnlearnSettings:
     """Settings that make a method forget the small world's red domain."""
-    hyper = {"epochs": 20, "learning_rate": 1e-3} | RATES.get(name, {})
+    hyper = {"epochs": 12, "learning_rate": 2e-3} | RATES.get(name, {})
     hyper |= changes.pop("hyper", {})
     kind = METHODS[name]
     settings = UnlearnSettings(

@@ -119,7 +119,7 @@ def test_the_record_tells_how_it_was_made_and_never_what(
     assert record["method"] == name
     assert record["data"]["forget"] == data_digest(read_rows([world.files["red"]])).model_dump()
     assert ("retain" in record["data"]) == issubclass(METHODS[name], Retaining)
-    assert record["settings"]["epochs"] == 20
+    assert record["settings"]["epochs"] == 12
     assert record["train_s"] > 0
     assert record["num_trained_parameters"] > 0
     assert record["num_steps"] == record["settings"]["epochs"], "8 rows in batches of 8"
