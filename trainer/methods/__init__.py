@@ -3,7 +3,8 @@
 from .adapter import ADAPTERS, LoraAdapter
 from .base import Method, Retaining, Task, TokenMethod
 from .registry import METHODS, make_method
-from .run import METHOD_FILE, UnlearnSettings, unlearn
+from .run import METHOD_FILE, unlearn
+from .settings import UnlearnSettings
 from .weighting import (
     WEIGHTINGS,
     AtwuWeighting,

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from .ranges import check_positive, check_range
+from .fields import check_positive, check_range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +25,11 @@ from trainer.base_model import BaseModel
 from trainer.batches import Batch, by_length, make_batch
 from trainer.dataset import EncodedRow, Row
 
-from .ranges import check_positive, check_range
+from .fields import check_positive, check_range
 from .terms import mean_kl, mean_nll, sequence_nll, weighted_mean
 from .weighting import UniformWeighting, Weighting
 
 _BATCH_TOKENS = 4096
-TEXT = {"is_text": True}
-"""Metadata of fields that hold text: only their digest is ever written."""
 
 ForgetLoss = Callable[[Batch], Tensor]
 """Loss of a batch of forgotten rows. Shapes: batch (B, T) -> ()."""
@@ -115,10 +111,6 @@ class Method(abc.ABC):
         """
         return dict(model.named_parameters())
 
-    def described(self) -> dict[str, Any]:
-        """Hyper-parameters as they may be written down: texts as digests."""
-        return described(self)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenMethod(Method):
@@ -177,14 +169,3 @@ class RetainKl(Retaining):
         with torch.no_grad():
             reference = task.reference.logits(batch)
         return mean_kl(reference, task.model.logits(batch), batch.attention_mask)
-
-
-def described(settings: Any) -> dict[str, Any]:
-    """A dataclass's fields as they may be written down: texts as digests."""
-    found = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.metadata.get("is_text") and value is not None:
-            value = {"sha256": hashlib.sha256(json.dumps(value).encode()).hexdigest()}
-        found[field.name] = value
-    return found

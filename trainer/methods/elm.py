@@ -16,9 +16,9 @@ from alter_core.errors import ConfigError
 from trainer.batches import IGNORED, Batch, by_length
 from trainer.dataset import EncodedRow
 
-from .base import TEXT, ForgetLoss, RetainKl, Task, TokenLoss, TokenMethod
+from .base import ForgetLoss, RetainKl, Task, TokenLoss, TokenMethod
+from .fields import TEXT, check_positive, check_range
 from .guidance import guided_completions, guided_log_probs
-from .ranges import check_positive, check_range
 from .terms import mean_nll
 
 _GENERATION_TOKENS = 4096
@@ -111,7 +111,7 @@ class Elm(RetainKl, TokenMethod):
         else:
             experts = [row.ids for row in others]
             novices = [task.retain[place % len(task.retain)].ids for place in range(len(others))]
-        limit = task.model.max_tokens
+        limit = task.model.max_tokens - _MAX_NEW_TOKENS
         return (
             [_behind(*pair, limit) for pair in zip(experts, task.forget, strict=True)],
             [_behind(*pair, limit) for pair in zip(novices, task.forget, strict=True)],

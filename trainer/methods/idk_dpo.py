@@ -16,8 +16,8 @@ from alter_core.errors import TrainingDataError
 from trainer.batches import Batch
 from trainer.dataset import EncodedRow, Row, encode_rows
 
-from .base import TEXT, ForgetLoss, RetainNll, Task
-from .ranges import check_positive, check_range
+from .base import ForgetLoss, RetainNll, Task
+from .fields import TEXT, check_positive, check_range
 from .terms import sequence_nll
 
 REFUSALS = (

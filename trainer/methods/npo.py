@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from trainer.batches import Batch
 
 from .base import ForgetLoss, Method, RetainKl, RetainNll, Task
-from .ranges import check_positive
+from .fields import check_positive
 from .terms import sequence_nll
 
 

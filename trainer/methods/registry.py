@@ -58,5 +58,6 @@ def make_method(name: str, **settings: Any) -> Method:
 
 
 def name_of(method: Method) -> str:
-    """The name that a method is registered under."""
-    return next(name for name, kind in METHODS.items() if kind is type(method))
+    """The name that a method is registered under, or that of its class."""
+    names = {kind: name for name, kind in METHODS.items()}
+    return names.get(type(method), type(method).__name__)

@@ -18,7 +18,7 @@ from trainer.base_model import BaseModel
 from trainer.batches import IGNORED, Batch
 
 from .base import ForgetLoss, Retaining, Task
-from .ranges import check_positive
+from .fields import check_positive
 from .terms import weighted_mean
 
 

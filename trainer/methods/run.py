@@ -8,108 +8,33 @@ Nothing is written before training has ended well.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alter_core.bundle import DataDigest
 from alter_core.errors import ConfigError, TrainingError
 from trainer.base_model import BaseModel, load_base_model, without_progress_bar
-from trainer.batches import at_step
+from trainer.batches import Batch, at_step
 from trainer.checkpoint import finite
-from trainer.dataset import Row, check_disjoint, data_digest, encode_rows, read_rows
+from trainer.dataset import EncodedRow, Row, check_disjoint, data_digest, encode_rows, read_rows
 from trainer.progress import Reporter, SilentReporter
 from trainer.provenance import hardware, versions
 
-from .adapter import LoraAdapter
-from .base import Method, Retaining, Task, TokenMethod, described
+from .base import ForgetLoss, Retaining, Task
+from .fields import described
 from .fit import fit
 from .registry import name_of
-from .weighting import UniformWeighting, Weighting
+from .settings import UnlearnSettings
 
 METHOD_FILE = "method.json"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UnlearnSettings:
-    """One run of a method.
-
-    Raises: ConfigError where its parts do not fit together.
-    """
-
-    model: Path
-    """Base model folder."""
-    out: Path
-    """Folder to make."""
-    method: Method
-    """See `make_method`."""
-    forget: tuple[Path, ...]
-    """Training files of what is to be forgotten."""
-    retain: tuple[Path, ...] = ()
-    """Files of what is to be kept; only for methods that read it."""
-    adapter: LoraAdapter | None = None
-    """Trains an adapter, merged in the end; None trains the weights."""
-    weighting: Weighting = dataclasses.field(default_factory=UniformWeighting)
-    """Which tokens count; only for methods with a loss of single tokens."""
-    max_tokens: int = 2048
-    """Longest row; the model's context length if that is shorter."""
-    seed: int = 0
-    """Of everything random."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    """Weights are float32; `bf16` runs forward passes under autocast."""
-
-    def __post_init__(self) -> None:
-        self._check_rows()
-        self._check_adapter()
-        name = name_of(self.method)
-        is_weighted = not isinstance(self.weighting, UniformWeighting)
-        if is_weighted and not isinstance(self.method, TokenMethod):
-            raise ConfigError(
-                f"{name} has no loss of single tokens to weight",
-                expected="uniform weighting",
-                got=type(self.weighting).__name__,
-                fix="Choose a method with one, such as grad_diff, or leave the weighting out.",
-            )
-        if self.weighting.needs_retain and not isinstance(self.method, Retaining):
-            raise ConfigError(
-                f"{type(self.weighting).__name__} learns from the conflict with retained rows",
-                expected="a method with a loss on them, such as grad_diff",
-                got=name,
-            )
-
-    def _check_rows(self) -> None:
-        name, reads_retain = name_of(self.method), isinstance(self.method, Retaining)
-        if not self.forget:
-            raise ConfigError(
-                "There is nothing to forget", expected="at least one training file", got="none"
-            )
-        if reads_retain != bool(self.retain):
-            raise ConfigError(
-                f"{name} {'has a' if reads_retain else 'has no'} loss on retained rows",
-                expected="at least one file of them" if reads_retain else "no file of them",
-                got=f"{len(self.retain)}",
-            )
-
-    def _check_adapter(self) -> None:
-        use, name = self.method.adapter_use, name_of(self.method)
-        if use == "required" and self.adapter is None:
-            raise ConfigError(
-                f"{name} is defined on a low-rank adapter", expected="an adapter", got="none"
-            )
-        if use == "refused" and self.adapter is not None:
-            raise ConfigError(
-                f"{name} says itself which weights it trains", expected="no adapter", got="one"
-            )
 
 
 def unlearn(settings: UnlearnSettings, progress: Reporter | None = None) -> Path:
@@ -146,7 +71,7 @@ class _Run:
         num_trained = sum(value.numel() for group in groups for value in group["params"])
         figures = self._fit(groups, forget_loss)
         train_s = time.monotonic() - started
-        merged: PreTrainedModel = adapted.merge_and_unload() if adapted else model
+        merged = (adapted.merge_and_unload() if adapted else model).to(self.dtype)
         if not finite([*merged.parameters()]):
             raise TrainingError(
                 "Weights are not finite after the last step",
@@ -160,7 +85,7 @@ class _Run:
             "num_steps": self._num_steps,
             "last_losses": figures,
         }
-        self._write(merged.to(self.dtype), record)
+        self._write(merged, record)
         return settings.out
 
     def _load(self) -> tuple[BaseModel, torch.dtype]:
@@ -200,10 +125,10 @@ class _Run:
             return [{"params": [*learned.values()], "lr": rate}]
         return adapter.groups(self.base.model, rate)
 
-    def _fit(self, groups: list[dict[str, Any]], forget_loss: Any) -> dict[str, float]:
+    def _fit(self, groups: list[dict[str, Any]], forget_loss: ForgetLoss) -> dict[str, float]:
         task, method = self.task, self.method
 
-        def batch(rows: Any, step: int) -> Any:
+        def batch(rows: Sequence[EncodedRow], step: int) -> Batch:
             return task.batch(rows, at_step(rows, method.batch_rows, step, task.seed))
 
         def losses(step: int) -> dict[str, Tensor]:
@@ -253,17 +178,16 @@ class _Run:
     def _record(self) -> dict[str, Any]:
         settings = self.settings
         adapter, weighting = settings.adapter, settings.weighting
-        digests: dict[str, DataDigest] = self.digests
         return {
             "method": name_of(self.method),
-            "settings": self.method.described(),
+            "settings": described(self.method),
             "adapter": described(adapter) if adapter else None,
             "weighting": {"name": type(weighting).__name__, **described(weighting)},
             "mixed_precision": settings.mixed_precision,
             "max_tokens": self.task.max_tokens,
             "seed": settings.seed,
             "base_model": self.base.info.model_dump(),
-            "data": {name: digest.model_dump() for name, digest in digests.items()},
+            "data": {name: digest.model_dump() for name, digest in self.digests.items()},
             "hardware": hardware(self.base),
             "versions": versions(),
         }

@@ -14,7 +14,7 @@ from trainer.batches import Batch
 from trainer.losses import answer_nll
 
 from .base import ForgetLoss, RetainNll, Task
-from .ranges import check_positive, check_range
+from .fields import check_positive, check_range
 
 
 def simnpo_loss(nll_per_token: Tensor, beta: float, gamma: float) -> Tensor:

@@ -25,7 +25,7 @@ from trainer.entropy_pass import run_entropy_pass
 from trainer.experts import select_answer_tokens
 from trainer.settings import ExpertSettings
 
-from .ranges import check_positive, check_range
+from .fields import TEXT, check_positive, check_range
 from .spans import knowledge_tokens
 
 if TYPE_CHECKING:
@@ -98,10 +98,8 @@ class KnowledgeSpanWeighting(Weighting):
     Raises: ConfigError if there are more or fewer entries than rows, TrainingDataError if no row has a span.
     """
 
-    perturbed_answers: Sequence[Sequence[str]] = dataclasses.field(metadata={"is_text": True})
-    paraphrased_answers: Sequence[str] | None = dataclasses.field(
-        default=None, metadata={"is_text": True}
-    )
+    perturbed_answers: Sequence[Sequence[str]] = dataclasses.field(metadata=TEXT)
+    paraphrased_answers: Sequence[str] | None = dataclasses.field(default=None, metadata=TEXT)
     """What the perturbed answers were made from, where that is not the answer itself."""
 
     def start(self, task: Task) -> TokenWeights:

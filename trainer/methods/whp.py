@@ -16,8 +16,8 @@ from trainer.dataset import EncodedRow
 from trainer.losses import token_nll
 
 from .base import Task, TokenLoss, TokenMethod
+from .fields import check_positive
 from .fit import fit
-from .ranges import check_positive
 from .terms import mean_nll
 
 

@@ -24,6 +24,7 @@ from trainer.methods import (
     make_method,
     unlearn,
 )
+from trainer.methods.fields import described
 
 from .conftest import probability, settings_for
 
@@ -129,11 +130,10 @@ def test_the_record_tells_how_it_was_made_and_never_what(
 
 def test_texts_of_settings_are_written_as_digests() -> None:
     method = make_method("elm", expert_prompt="of Zofia", novice_prompt="of nobody")
-    shown = json.dumps(method.described())
+    shown = json.dumps(described(method))
     assert "Zofia" not in shown
-    assert shown != json.dumps(
-        make_method("elm", expert_prompt="of Ovid", novice_prompt="of nobody").described()
-    )
+    other = make_method("elm", expert_prompt="of Ovid", novice_prompt="of nobody")
+    assert shown != json.dumps(described(other))
 
 
 @pytest.mark.parametrize("adapter", [*ADAPTERS.values(), LoraAdapter(a_rate_ratio=0.0)])
