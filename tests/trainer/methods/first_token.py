@@ -27,7 +27,7 @@ class FirstTokenModel:
 
     pad_id = 0
     device = torch.device("cpu")
-    max_tokens = 64
+    max_tokens = 256
     tokenizer = None
     info = SimpleNamespace(hidden_size=D)
 
@@ -89,7 +89,7 @@ def make_task(**changes: Any) -> Task:
         rows=(),
         forget=FORGET,
         retain=RETAIN,
-        max_tokens=64,
+        max_tokens=256,
         seed=5,
     )
     return dataclasses.replace(task, **changes)

@@ -261,3 +261,21 @@ def test_whp_never_labels_a_position_that_predicts_no_answer() -> None:
     batch = task.batch(FORGET, CHOSEN)
     losses = token_loss(task.model.logits(batch), batch)
     assert torch.equal(losses > 0, batch.labels != IGNORED)
+
+
+def test_elm_cuts_a_context_at_its_beginning_where_the_model_takes_no_more() -> None:
+    model = FirstTokenModel(0)
+    model.max_tokens = 64 + 6
+    experts, novices = Elm().contexts(make_task(model=model))
+    assert experts[0].ids == (1, *FORGET[0].ids), "64 tokens are left for what is written"
+    assert novices[1].ids == (2, 1, 4, *FORGET[1].ids)
+    assert novices[1].is_answer == (False,) * 5 + (True,)
+
+
+def test_elm_puts_given_prompts_in_front() -> None:
+    model = FirstTokenModel(0)
+    model.tokenizer = lambda text: {"input_ids": [len(text)]}
+    method = Elm(expert_prompt="wise", novice_prompt="naive")
+    experts, novices = method.contexts(make_task(model=model))
+    assert [row.ids for row in experts] == [(4, *row.ids) for row in FORGET]
+    assert [row.ids for row in novices] == [(5, *row.ids) for row in FORGET]
