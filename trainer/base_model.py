@@ -107,7 +107,7 @@ def load_base_model(
             expected=f"tokenizer files in {folder}",
             got=type(error).__name__,
         ) from error
-    with _without_progress_bar():
+    with without_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", attn_implementation="eager" if has_double_backward else "sdpa"
         )
@@ -123,7 +123,7 @@ def load_base_model(
 
 
 @contextlib.contextmanager
-def _without_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
     """The bars are the run's own."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -12,7 +12,15 @@ import torch
 
 from .base_model import BaseModel
 
-_PACKAGES = ("alter-server", "torch", "transformers", "safetensors", "accelerate", "tokenizers")
+_PACKAGES = (
+    "alter-server",
+    "torch",
+    "transformers",
+    "safetensors",
+    "accelerate",
+    "tokenizers",
+    "peft",
+)
 
 
 def versions() -> dict[str, str]:
