@@ -193,16 +193,17 @@ def search_strength(
     """Zeroth-order search (paper, Section 3.3): two evaluations a step, no gradient of the model.
 
     log s <- log s - eta (d(s + h) - d(s - h)) / (log(s + h) - log(s - h)): the scale of embeddings, which
-    models differ in, takes no part. eta is halved when the slope changes sign, where the paper's stays. Ends
+    models differ in, takes no part. Where the slope changes sign, eta and h are halved; the paper's stay. Ends
     within `tolerance`; the best point seen is returned.
 
     Raises: ConfigError unless the strength that it starts with is positive.
     """
     if strength <= 0:
         raise ConfigError("strength is out of range", expected="> 0", got=str(strength))
-    best, num_evaluations, before = (math.inf, strength), 0, 0.0
+    best, num_evaluations = (math.inf, strength), 0
+    share, before = _STEP, 0.0
     for _ in range(num_steps):
-        points = strength * (1 - _STEP), strength * (1 + _STEP)
+        points = strength * (1 - share), strength * (1 + share)
         found = [distance(point) for point in points]
         num_evaluations += len(points)
         best = min(best, *zip(found, points, strict=True))
@@ -210,7 +211,7 @@ def search_strength(
             break
         slope = (found[1] - found[0]) / (math.log(points[1]) - math.log(points[0]))
         if slope * before < 0:
-            learning_rate /= 2
+            learning_rate, share = learning_rate / 2, share / 2
         before, limit = slope, math.log(_MOST_CHANGE)
         strength *= math.exp(min(max(-learning_rate * slope, -limit), limit))
     return Search(strength=best[1], distance=best[0], num_evaluations=num_evaluations)
