@@ -193,8 +193,8 @@ def search_strength(
     """Zeroth-order search (paper, Section 3.3): two evaluations a step, no gradient of the model.
 
     log s <- log s - eta (d(s + h) - d(s - h)) / (log(s + h) - log(s - h)): the scale of embeddings, which
-    models differ in, takes no part. Where the slope changes sign, eta and h are halved; the paper's stay. Ends
-    within `tolerance`; the best point seen is returned.
+    models differ in, takes no part. Unlike the paper's, eta and h are halved where the slope changes sign.
+    Ends within `tolerance`; the best point seen is returned.
 
     Raises: ConfigError unless the strength that it starts with is positive.
     """
