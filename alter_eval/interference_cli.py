@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from alter_core.errors import ConfigError
 from alter_core.substrate import ForgetExpert, Substrate
@@ -17,7 +19,7 @@ from trainer.inputs import part_of
 from trainer.progress import RichReporter
 from trainer.substrate import on_device
 
-from .interference import measure_interference, nearest_rows
+from .interference import Harm, measure_interference, nearest_rows
 from .interference_report import sentence, write_interference
 
 _RETAIN = "retain"
@@ -74,9 +76,19 @@ def interference_command(
         "neighbours": neighbours if retain else None,
     }
     page = write_interference(out, found, threshold, what)
+    _show("rows of", found.names, found.on_rows)
+    if found.on_neighbours is not None:
+        _show("neighbours of", found.names, found.on_neighbours)
     for conflict in found.conflicts(threshold):
         typer.echo(sentence(conflict))
     typer.echo(f"page: {page}")
+
+
+def _show(text: str, names: Sequence[str], harm: Harm) -> None:
+    table = Table("loss, change in nats", *(f"{text} {name}" for name in names))
+    for name, changes in zip(names, harm.loss_change, strict=True):
+        table.add_row(name, *(f"{change:.4f}" for change in changes))
+    Console().print(table)
 
 
 def _check_domains(folders: Mapping[str, Path], files: Mapping[str, Path]) -> None:

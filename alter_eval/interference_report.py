@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from trainer.checkpoint import write_atomically
 
@@ -29,9 +30,8 @@ PAGE_FILE = "interference.md"
 PLOT_FILE = "interference.png"
 _MOST_NUMBERED = 8
 """Domains beyond which the heat map has colours alone."""
-
-Matrix = tuple[str, Values, bool]
-"""Title, values [expert, domain], and whether the diagonal is something else than the rest."""
+_LEAST_LIMIT = 0.01
+"""Nats at which colours end, at least: rounding is not to look like harm."""
 
 
 def write_interference(
@@ -85,77 +85,71 @@ def sentence(conflict: Conflict) -> str:
     return f"{conflict.expert} adds {conflict.loss:.3f} nats to {text} of {conflict.domain}"
 
 
-def _matrices(found: Interference) -> Iterator[Matrix]:
-    yield "loss on rows, change in nats", found.on_rows.loss_change, True
-    if found.on_neighbours is not None:
-        yield "loss on neighbours, change in nats", found.on_neighbours.loss_change, False
-    yield "routes shared, share of tokens", found.route_overlap, True
-    yield "subspaces shared", found.sites.subspace, True
-    yield "cosine of changes", found.sites.cosine, True
-
-
 def _heat_map(path: Path, found: Interference) -> None:
-    matrices, size = list(_matrices(found)), len(found.names)
-    side = 2.4 + 0.35 * size
+    # Beside what an expert does to its own rows, which is its purpose, harm would not show.
+    on_others = np.where(np.eye(len(found.names)), np.nan, found.on_rows.loss_change)
+    matrices = [("loss on rows, change in nats", on_others)]
+    if found.on_neighbours is not None:
+        matrices.append(("loss on neighbours, change in nats", found.on_neighbours.loss_change))
+    most = max(float(np.nanmax(np.abs(values))) for _, values in matrices)
+    panels = [
+        *((title, values, max(most, _LEAST_LIMIT)) for title, values in matrices),
+        ("share of tokens where both fire", found.route_overlap, 1.0),
+        ("subspaces shared", found.sites.subspace, 1.0),
+        ("cosine of changes", found.sites.cosine, 1.0),
+    ]
+    side = 2.4 + 0.35 * len(found.names)
     figure, all_axes = plt.subplots(
-        1, len(matrices), figsize=(side * len(matrices), side), layout="constrained"
+        1, len(panels), figsize=(side * len(panels), side), layout="constrained"
     )
-    for axes, (title, values, has_other_diagonal) in zip(all_axes, matrices, strict=True):
-        is_shown = (
-            ~np.eye(size, dtype=np.bool_) if has_other_diagonal else np.full((size, size), True)
-        )
-        limit = max(float(np.abs(values[is_shown]).max()), 1e-9)
-        image = axes.imshow(
-            np.where(is_shown, values, np.nan), cmap="RdBu_r", vmin=-limit, vmax=limit
-        )
-        if size <= _MOST_NUMBERED:
-            for (i, j), value in np.ndenumerate(values):
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
-        axes.set_title(title, fontsize=9)
-        axes.set_xticks(range(size), found.names, rotation=45, ha="right")
-        axes.set_yticks(range(size), found.names)
-        figure.colorbar(image, ax=axes, shrink=0.7)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        _panel(axes, found.names, *panel)
     all_axes[0].set(xlabel="text of domain", ylabel="expert")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _page(found: Interference, conflicts: list[Conflict], threshold: float) -> Iterator[str]:
-    yield "# Interference between forget experts"
-    yield ""
-    yield (
-        f"Above {threshold:g} nats per answer token:"
-        if conflicts
-        else (f"No conflict above {threshold:g} nats per answer token.")
-    )
+def _panel(axes: Axes, names: Sequence[str], title: str, values: Values, limit: float) -> None:
+    image = axes.imshow(values, cmap="coolwarm", vmin=-limit, vmax=limit)
+    if len(names) <= _MOST_NUMBERED:
+        for (i, j), value in np.ndenumerate(values):
+            axes.text(j, i, "" if np.isnan(value) else f"{value:.2f}", ha="center", va="center")
+    axes.set_title(title, fontsize=9)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.figure.colorbar(image, ax=axes, shrink=0.7)
+
+
+def _page(found: Interference, conflicts: Sequence[Conflict], threshold: float) -> Iterator[str]:
+    yield from ("# Interference between forget experts", "")
+    yield f"{'Above' if conflicts else 'Nothing is above'} {threshold:g} nats per answer token."
     yield ""
     yield from (f"- {sentence(conflict)}" for conflict in conflicts)
-    yield f"\n![Heat map]({PLOT_FILE})"
-    parts = [("rows", found.on_rows), ("retain neighbours", found.on_neighbours)]
-    for text, harm in parts:
-        if harm is not None:
-            of = f"of a domain's {text}, under another's expert alone"
-            yield from _table(f"Change of mean answer loss {of}, nats", found, harm.loss_change)
-            yield from _table(f"Change of answer probability {of}", found, harm.probability_change)
-            yield from _table(
-                f"Share of answer tokens {of}, routed to it", found, harm.routed_share
-            )
-    yield from ("", "Forgetting: mean answer loss of a domain's own rows, nats:", "")
-    yield from ("| domain | no expert | its own alone | all together |", "|---|---|---|---|")
+    yield from ("", f"![Heat map]({PLOT_FILE})", "", "Rows are experts, columns domains.")
+    for title, values in _tables(found):
+        yield from ("", f"{title}:", "")
+        yield from _table("expert", found.names, found.names, values)
+    yield from ("", "Mean answer loss of each domain's own rows, nats:", "")
     losses = (found.forgetting.without, found.forgetting.alone, found.forgetting.together)
-    for name, *values in zip(found.names, *losses, strict=True):
-        yield f"| {name} | " + " | ".join(f"{value:.4f}" for value in values) + " |"
-    yield from _table("Share of tokens at which both heads fire", found, found.route_overlap)
-    yield from _table("Cosine of B_i A and B_j A, mean over sites", found, found.sites.cosine)
-    chance = (
-        f"Subspaces of B_i and B_j shared, mean over sites (by chance {found.sites.chance:.3f})"
-    )
-    yield from _table(chance, found, found.sites.subspace)
+    columns = ("no expert", "its own alone", "all together")
+    yield from _table("domain", columns, found.names, np.stack(losses, axis=1))
 
 
-def _table(title: str, found: Interference, values: Values) -> Iterator[str]:
-    yield from ("", f"{title}:", "")
-    yield "| expert | " + " | ".join(found.names) + " |"
-    yield "|---" * (1 + len(found.names)) + "|"
-    for name, row in zip(found.names, values, strict=True):
-        yield f"| {name} | " + " | ".join(f"{value:.4f}" for value in row) + " |"
+def _tables(found: Interference) -> Iterator[tuple[str, Values]]:
+    for text, harm in (("rows", found.on_rows), ("retain neighbours", found.on_neighbours)):
+        if harm is not None:
+            yield f"Change of mean answer loss on {text}, expert alone, nats", harm.loss_change
+            yield f"Change of answer probability on {text}", harm.probability_change
+            yield f"Share of answer tokens of {text} routed to the expert", harm.routed_share
+    yield "Share of tokens where both heads fire", found.route_overlap
+    yield "Cosine of B_i A and B_j A, mean over sites", found.sites.cosine
+    yield f"Subspaces of B shared (by chance {found.sites.chance:.3f})", found.sites.subspace
+
+
+def _table(
+    corner: str, columns: Sequence[str], names: Sequence[str], values: Values
+) -> Iterator[str]:
+    yield f"| {corner} | {' | '.join(columns)} |"
+    yield "|---" * (1 + len(columns)) + "|"
+    for name, row in zip(names, values, strict=True):
+        yield f"| {name} | {' | '.join(f'{value:.4f}' for value in row)} |"
