@@ -234,8 +234,12 @@ def _train(
     learning = dataclasses.replace(expert, lora_b=lora_b, evidence=head)
     with attached_experts(base, substrate, [learning]):
         for step in range(settings.num_steps):
-            kept = _divergence(base, alarmed, kept_states, step, settings)
-            held = _divergence(base, rows, own_states, step, settings)
+            kept, held = (
+                answer_divergence(
+                    base, told, states, at_step(told, settings.batch_rows, step, settings.seed)
+                )
+                for told, states in ((alarmed, kept_states), (rows, own_states))
+            )
             terms = [
                 LossTerm(name="kept", value=kept, parameters=parameters),
                 LossTerm(name="held", value=settings.hold_weight * held, parameters=parameters),
@@ -273,15 +277,16 @@ def answer_states(base: BaseModel, rows: Sequence[EncodedRow]) -> list[Tensor]:
     return [states[index] for index in range(len(rows))]
 
 
-def _divergence(
+def answer_divergence(
     base: BaseModel,
     rows: Sequence[EncodedRow],
     states: Sequence[Tensor],
-    step: int,
-    settings: RefreshSettings,
+    indices: Sequence[int],
 ) -> Tensor:
-    """KL(target || now), mean over the answer tokens of a step's rows; `states` hold the targets."""
-    indices = at_step(rows, settings.batch_rows, step, settings.seed)
+    """KL(target || now) at the answer tokens of the rows at `indices`, mean over tokens, nats.
+
+    Targets are what `answer_states` gave at another time. Shapes: states per row (N, D) -> ().
+    """
     batch = make_batch(rows, indices, base.pad_id).to(base.device)
     with torch.no_grad():
         target_NV = base.head(torch.cat([states[index] for index in indices])).float()
