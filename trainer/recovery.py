@@ -283,17 +283,18 @@ def answer_divergence(
     states: Sequence[Tensor],
     indices: Sequence[int],
 ) -> Tensor:
-    """KL(target || now) at the answer tokens of the rows at `indices`, mean over tokens, nats.
+    """KL(target || now) at the answer tokens of the rows at `indices`, and the Huber distance of the tokens'
+    own log probabilities; mean over tokens, nats.
 
+    KL hardly sees what the target holds for unlikely, and so would let a forgotten answer come back.
     Targets are what `answer_states` gave at another time. Shapes: states per row (N, D) -> ().
     """
     batch = make_batch(rows, indices, base.pad_id).to(base.device)
+    is_label = batch.labels != IGNORED
     with torch.no_grad():
         target_NV = base.head(torch.cat([states[index] for index in indices])).float()
-    now_NV = base.head(base.hidden_states(batch)[batch.labels != IGNORED]).float()
-    return F.kl_div(
-        now_NV.log_softmax(dim=-1),
-        target_NV.log_softmax(dim=-1),
-        reduction="batchmean",
-        log_target=True,
-    )
+        target_NV = target_NV.log_softmax(dim=-1)
+    now_NV = base.head(base.hidden_states(batch)[is_label]).float().log_softmax(dim=-1)
+    labels_N1 = batch.labels[is_label].unsqueeze(1)
+    divergence = F.kl_div(now_NV, target_NV, reduction="batchmean", log_target=True)
+    return divergence + F.huber_loss(now_NV.gather(1, labels_N1), target_NV.gather(1, labels_N1))

@@ -147,7 +147,7 @@ def test_bias_is_lowered_by_what_silences_alarms_and_leaves_prompts_half_of_thei
     assert lowering(prompts, alarms) == pytest.approx(expected, abs=0.06)
 
 
-def test_divergence_is_kl_from_the_states_taken_before(
+def test_divergence_is_kl_and_distance_of_the_true_tokens_from_the_states_taken_before(
     base: BaseModel, substrate: Substrate, everywhere: ForgetExpert, rows: Rows
 ) -> None:
     texts, indices = rows["red"][:3], [2, 0]
@@ -163,7 +163,9 @@ def test_divergence_is_kl_from_the_states_taken_before(
             for place, is_answer in enumerate(texts[index].is_answer[1:]):
                 if is_answer:
                     p, q = target[place], now[place]
-                    total, count = total + (p * (p / q).log()).sum().item(), count + 1
+                    gap = abs((q / p)[texts[index].ids[place + 1]].log().item())
+                    huber = gap**2 / 2 if gap < 1 else gap - 0.5
+                    total, count = total + (p * (p / q).log()).sum().item() + huber, count + 1
     assert found.item() == pytest.approx(total / count, rel=0.03)  # bf16, batched and alone
     assert found.item() > 0.5
 
@@ -192,7 +194,7 @@ def test_false_alarms_that_it_cannot_tell_are_trained_away_while_forgetting_hold
     base: BaseModel, substrate: Substrate, everywhere: ForgetExpert, rows: Rows
 ) -> None:
     hooks, weight = num_hooks(base.model), base.model.lm_head.weight.clone()
-    found = recovered(everywhere, base, substrate, rows, tolerance=0.15)
+    found = recovered(everywhere, base, substrate, rows)
     assert num_hooks(base.model) == hooks
     assert torch.equal(base.model.lm_head.weight, weight)
     assert found is not None
@@ -209,7 +211,7 @@ def test_false_alarms_that_it_cannot_tell_are_trained_away_while_forgetting_hold
         assert losses["after"] - losses["base"] < 0.2 * (losses["before"] - losses["base"])
     forgotten = found.figures["forget_loss"]
     assert forgotten["after"] == mean(losses_under(found.expert, base, substrate, rows["red"]))
-    assert forgotten["after"] > 0.85 * forgotten["before"]
+    assert forgotten["after"] > 0.95 * forgotten["before"]
     assert {tensor.dtype for tensor in found.expert.lora_b.values()} == {torch.bfloat16}
 
 
