@@ -6,7 +6,7 @@ only where its evidence head fires by mistake. Two things are done about that, i
 1. calibration: the head's bias is lowered, if that silences false alarms and the domain's own prompts leave
    room for it. A token that no longer fires is computed by the base weights exactly.
 2. B_f: on rows that still fire the expert is to give the distribution that the model has without it, and on
-   its own domain the one that it has given so far (KL at the answer tokens of both). Nothing else learns.
+   its own domain the one that it has given so far (`answer_divergence`). Nothing else learns.
 
 The idea of a short refresh is that of "A Local Perturbation Theory for Cross-Domain Interference and Recovery
 in Multi-Domain RL" (2026, abstract): domains harm each other where they share active routes, and a short
@@ -94,23 +94,25 @@ def recover(
     forgotten = losses.pop(_FORGET)
     _check_forgetting(expert.name, forgotten, settings.tolerance)
     _check_recovery(expert.name, losses)
-    figures = {
-        "bias_lowered_by": lowered_by,
-        "num_steps": settings.num_steps if still_alarmed else 0,
-        "forget_loss": _means(forgotten),
-        "kept": {
-            kind: {
-                "num_rows": len(kept[kind]),
-                "false_alarms": {
-                    "before": len(members) / len(kept[kind]),
-                    "after": len(gate.alarmed(head, members)) / len(kept[kind]),
-                },
-                "loss": _means(losses[kind]),
-            }
-            for kind, members in alarmed.items()
+    return Recovery(
+        expert=refreshed,
+        figures={
+            "bias_lowered_by": lowered_by,
+            "num_steps": settings.num_steps if still_alarmed else 0,
+            "forget_loss": _means(forgotten),
+            "kept": {
+                kind: {
+                    "num_rows": len(kept[kind]),
+                    "false_alarms": {
+                        "before": len(members) / len(kept[kind]),
+                        "after": len(gate.alarmed(head, members)) / len(kept[kind]),
+                    },
+                    "loss": _means(losses[kind]),
+                }
+                for kind, members in alarmed.items()
+            },
         },
-    }
-    return Recovery(expert=refreshed, figures=figures)
+    )
 
 
 _FORGET = "forget"
@@ -244,22 +246,26 @@ def _train(
                 LossTerm(name="kept", value=kept, parameters=parameters),
                 LossTerm(name="held", value=settings.hold_weight * held, parameters=parameters),
             ]
-            gradients = isolated_gradients(terms)
-            if not finite([kept, held, *gradients.values()]):
-                raise TrainingError(
-                    f"The refresh of domain {expert.name!r} is not finite at step {step}",
-                    expected="a number",
-                    got=f"{kept.item()} and {held.item()}",
-                    fix="Check the expert by `alter bundle verify`.",
-                )
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
-            nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            _step(optimizer, terms, f"domain {expert.name!r} at step {step}")
             schedule.step()
             stage.step(step + 1, kept=kept.item(), held=held.item())
     return rounded(lora_b, base.dtype)
+
+
+def _step(optimizer: torch.optim.Optimizer, terms: Sequence[LossTerm], where: str) -> None:
+    gradients = isolated_gradients(terms)
+    if not finite([*(term.value for term in terms), *gradients.values()]):
+        raise TrainingError(
+            f"The refresh of {where} is not finite",
+            expected="numbers",
+            got=", ".join(f"{term.name} {term.value.item()}" for term in terms),
+            fix="Check the expert by `alter bundle verify`, or train the domain again.",
+        )
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
+    nn.utils.clip_grad_norm_(list(gradients), _MAX_GRADIENT_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
