@@ -20,11 +20,13 @@ from trainer.base_model import BaseModel, load_base_model
 from trainer.checkpoint import write_atomically
 from trainer.cli import named_paths
 from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.evaluation import attached_experts
 from trainer.progress import RichReporter
 from trainer.substrate import on_device
 
 from . import tofu
 from .data import default_data_dir
+from .interference_cli import interference_command
 from .models import LanguageModel, ServedModel, TransformersModel, WithoutExperts
 from .report import write_report
 from .run import FIGURES_FILE, evaluate, read_logs, tofu_rows
@@ -48,6 +50,9 @@ class Split(StrEnum):
 @eval_app.callback()
 def _root() -> None:
     """One subcommand a benchmark."""
+
+
+eval_app.command("interference")(interference_command)
 
 
 @eval_app.command("tofu")
@@ -159,11 +164,8 @@ def _evaluated(
     experts = [ForgetExpert.read(folder, shared) for folder in folders.values()]
     what["substrate"] = shared.digest
     what["experts"] = {name: e.digest for name, e in zip(folders, experts, strict=True)}
-    attached = AttachedModel(base.model, shared, experts)
-    try:
+    with attached_experts(base, shared, experts) as attached:
         yield TransformersModel(base), attached
-    finally:
-        attached.detach()
 
 
 def _show(figures: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,18 +13,29 @@ from alter_core.config import SITE_KINDS, AlterConfig
 from alter_core.errors import ConfigError
 
 from .progress import RichReporter
+from .refresh import refresh_experts
 from .router import EvidenceSettings
 from .run import train
-from .settings import ExpertSettings, SubstrateSettings, TrainSettings
+from .settings import ExpertSettings, RefreshSettings, SubstrateSettings, TrainSettings
 
 _METHOD = "Method (of a new substrate; an existing one fixes it)"
 _SHARED = "Substrate training"
 _EXPERTS = "Expert training"
+_REFRESH = "Refresh (of existing experts, instead of training any)"
 _CONFIG = AlterConfig(tap_layer=0)
 _SUBSTRATE = SubstrateSettings()
 _EXPERT = ExpertSettings()
 _EVIDENCE = EvidenceSettings()
 _RUN = TrainSettings(model=Path(), out=Path(), forget={}, retain=())
+_REFRESHED = RefreshSettings(
+    model=Path(), out=Path(), substrate=Path(), experts={}, forget={}, retain=()
+)
+_REFRESH_ALONE = {"refresh", "refresh_steps", "refresh_tolerance"}
+_REFRESH_OPTIONS = _REFRESH_ALONE | {
+    *("model", "out", "forget", "retain", "general", "substrate", "max_tokens"),
+    *("evaluation_rows", "seed", "device", "mixed_precision"),
+}
+"""What a refresh listens to; anything else beside --refresh is refused."""
 
 
 class ForgetLoss(StrEnum):
@@ -98,6 +110,7 @@ def _experts(text: str) -> Any:
 
 
 def train_command(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Base model folder, transformers layout.")],
     out: Annotated[Path, typer.Option(help="Folder for the bundles and run.json.")],
     forget: Annotated[
@@ -115,6 +128,21 @@ def train_command(
     auto_domains: Annotated[
         int, typer.Option(help="Cut the one --forget file into so many domains.")
     ] = _RUN.auto_domains,
+    refresh: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="Take back what this expert does to kept rows; repeatable.",
+            rich_help_panel=_REFRESH,
+        ),
+    ] = None,
+    refresh_steps: Annotated[
+        int, typer.Option(help="Steps of B_f, if any are needed.", rich_help_panel=_REFRESH)
+    ] = _REFRESHED.num_steps,
+    refresh_tolerance: Annotated[
+        float,
+        typer.Option(help="Share of the forgetting that may be lost.", rich_help_panel=_REFRESH),
+    ] = _REFRESHED.tolerance,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
@@ -211,8 +239,33 @@ def train_command(
 ) -> None:
     """Train a substrate and one forget expert per domain, or add experts to a substrate.
 
+    With --refresh, existing experts are refreshed instead: --forget gives the rows that stay forgotten.
+
     A line of a file is {"question", "answer"}, {"prompt", "completion"}, {"messages"} or {"text"}.
     """
+    _check_options(context, substrate, is_refresh=bool(refresh))
+    if refresh and substrate:
+        refreshed = refresh_experts(
+            RefreshSettings(
+                model=model,
+                out=out,
+                substrate=substrate,
+                experts=named_paths("--refresh", refresh),
+                forget=named_paths("--forget", forget),
+                retain=tuple(retain),
+                general=tuple(general or ()),
+                num_steps=refresh_steps,
+                tolerance=refresh_tolerance,
+                max_tokens=max_tokens,
+                evaluation_rows=evaluation_rows,
+                seed=seed,
+                device=device,
+                mixed_precision=mixed_precision.value,
+            ),
+            RichReporter(),
+        )
+        _show(refreshed.experts)
+        return
     method: dict[str, Any] = {
         "rank": rank,
         "lora_alpha": lora_alpha,
@@ -269,8 +322,35 @@ def train_command(
         resume=resume,
     )
     result = train(settings, RichReporter())
-    typer.echo(f"substrate\t{result.substrate}")
-    for name, path in result.experts.items():
+    _show({"substrate": result.substrate, **result.experts})
+
+
+def _check_options(context: typer.Context, substrate: Path | None, *, is_refresh: bool) -> None:
+    """Raises: ConfigError for options that the other kind of run listens to, or a missing substrate."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    # By name: which click the class belongs to is typer's own matter.
+    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    ignored = given - _REFRESH_OPTIONS if is_refresh else given & _REFRESH_ALONE
+    if ignored:
+        raise ConfigError(
+            "Some options have nothing to act on",
+            expected="options of a refresh alone"
+            if is_refresh
+            else "--refresh NAME=DIR beside them",
+            got=", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored)),
+            fix="Leave them out; `alter train --help` lists what goes together.",
+        )
+    if is_refresh and substrate is None:
+        raise ConfigError(
+            "Experts need their substrate",
+            expected="--substrate beside --refresh",
+            got="--refresh alone",
+            fix="Name the substrate that they were trained on.",
+        )
+
+
+def _show(bundles: Mapping[str, Path]) -> None:
+    for name, path in bundles.items():
         typer.echo(f"{name}\t{path}")
 
 

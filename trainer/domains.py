@@ -22,11 +22,19 @@ def cluster_rows(
     base: BaseModel, rows: Sequence[EncodedRow], num_domains: int, *, tap_layer: int, seed: int
 ) -> list[int]:
     """Domain of every row, 0 to num_domains - 1, numbered by first appearance."""
+    pooled = pooled_states(base, rows, tap_layer=tap_layer)
+    return _by_first_appearance(k_means(pooled, num_domains, seed=seed).tolist())
+
+
+def pooled_states(base: BaseModel, rows: Sequence[EncodedRow], *, tap_layer: int) -> Tensor:
+    """Mean of every row's hidden states at the tap layer's input, centred over the rows, of length 1.
+
+    Shapes: -> (N, D) float32.
+    """
     passed = run_entropy_pass(base, rows, tsallis_q=1.0, tap_layer=tap_layer)
     lengths = [len(row.ids) for row in rows]
     pooled = torch.stack([h.float().mean(dim=0) for h in passed.hidden_states.split(lengths)])
-    pooled = torch.nn.functional.normalize(pooled - pooled.mean(dim=0), dim=-1)
-    return _by_first_appearance(k_means(pooled, num_domains, seed=seed).tolist())
+    return torch.nn.functional.normalize(pooled - pooled.mean(dim=0), dim=-1)
 
 
 def k_means(points_ND: Tensor, num_clusters: int, *, seed: int) -> Tensor:

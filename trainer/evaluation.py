@@ -5,10 +5,11 @@ Legend: B batch, T tokens, N answer tokens.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,26 @@ from .windows import windows_of
 
 _BATCH_TOKENS = 4096
 _GENERATION_ROWS = 32
+
+
+@contextlib.contextmanager
+def attached_experts(
+    base: BaseModel, substrate: Substrate, experts: Sequence[ForgetExpert]
+) -> Iterator[AttachedModel]:
+    """The base model with experts, moved to where it lives, inside the block; itself again after it."""
+    placed = [
+        dataclasses.replace(
+            expert,
+            lora_b={site: tensor.to(base.device) for site, tensor in expert.lora_b.items()},
+            evidence=copy.deepcopy(expert.evidence).to(base.device),
+        )
+        for expert in experts
+    ]
+    attached = AttachedModel(base.model, substrate, placed)
+    try:
+        yield attached
+    finally:
+        attached.detach()
 
 
 @torch.inference_mode()
@@ -184,16 +205,8 @@ def expert_figures(
     """
     asked = rows[:num_asked]
     before, rouge_before = answer_losses(base, rows), greedy_rouge_l(base, asked)
-    placed = dataclasses.replace(
-        expert,
-        lora_b={site: tensor.to(base.device) for site, tensor in expert.lora_b.items()},
-        evidence=copy.deepcopy(expert.evidence).to(base.device),
-    )
-    attached = AttachedModel(base.model, substrate, [placed])
-    try:
+    with attached_experts(base, substrate, [expert]):
         after, rouge_after = answer_losses(base, rows), greedy_rouge_l(base, asked)
-    finally:
-        attached.detach()
     return {
         "forget_probability": {
             "before": mean_probability(before),

@@ -8,7 +8,7 @@ from alter_core.bundle import DOMAIN_NAME_PATTERN
 from alter_core.errors import ConfigError, DomainNameError
 
 from .dataset import Row, check_disjoint, read_rows
-from .settings import TrainSettings
+from .settings import RefreshSettings, TrainSettings
 
 SUBSTRATE_NAME = "substrate"
 """Folder of the substrate, and so no name for a domain."""
@@ -19,7 +19,7 @@ def part_of(name: str) -> str:
     return f"forget/{name}"
 
 
-def read_parts(settings: TrainSettings) -> dict[str, list[Row]]:
+def read_parts(settings: TrainSettings | RefreshSettings) -> dict[str, list[Row]]:
     """Rows of every part: `forget/NAME`, `retain`, and `general` if there is any.
 
     Raises: TrainingDataError.

@@ -211,3 +211,58 @@ class TrainSettings:
         flat["max_tokens"] = self.max_tokens
         flat["mixed_precision"] = self.mixed_precision
         return flat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefreshSettings:
+    """One run of `alter train --refresh`."""
+
+    model: Path
+    """Base model folder."""
+    out: Path
+    """Where the refreshed bundles go: `out/NAME`."""
+    substrate: Path
+    """The experts' substrate."""
+    experts: Mapping[str, Path]
+    """Bundle to refresh, by domain."""
+    forget: Mapping[str, Path]
+    """Rows by domain: of every refreshed one, which must stay forgotten, and of any others, on whose rows
+    the refreshed experts are not to act."""
+    retain: tuple[Path, ...]
+    """Files of what is to be kept."""
+    general: tuple[Path, ...] = ()
+    """Files of other text that is to be kept."""
+    num_steps: int = 120
+    """Steps of B_f, taken only where the gate alone cannot keep the expert off."""
+    learning_rate: float = 5e-3
+    """Of B_f at first; it falls in a straight line to a tenth."""
+    batch_rows: int = 8
+    """Rows a step, of kept text and of the domain each."""
+    hold_weight: float = 1.0
+    """Weight of what holds the expert on its own domain, >= 0."""
+    tolerance: float = 0.05
+    """Share of the forgetting, in mean answer loss over the base model's, that may be lost, in [0, 1)."""
+    max_tokens: int = 2048
+    """Longest row; the model's context length if that is shorter."""
+    evaluation_rows: int = 40
+    """Rows of each domain whose greedy answers are scored; 0 leaves generation out."""
+    seed: int = 0
+    """Of the order of rows."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """See TrainSettings."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "learning_rate", "batch_rows"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
+        _check("hold_weight", self.hold_weight, self.hold_weight >= 0, ">= 0")
+        _check("tolerance", self.tolerance, 0 <= self.tolerance < 1, "in [0, 1)")
+        _check("max_tokens", self.max_tokens, self.max_tokens > 1, "> 1")
+        _check("evaluation_rows", self.evaluation_rows, self.evaluation_rows >= 0, ">= 0")
+
+    def flat(self) -> dict[str, float | int | str | bool | None]:
+        """Settings as a bundle records them; no paths."""
+        names = ("num_steps", "learning_rate", "batch_rows", "hold_weight", "tolerance")
+        flat = {f"refresh.{name}": getattr(self, name) for name in names}
+        return flat | {"max_tokens": self.max_tokens, "mixed_precision": self.mixed_precision}
