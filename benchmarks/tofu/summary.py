@@ -25,6 +25,7 @@ TABLES = {
     "tofu-timing": "python -m benchmarks.tofu.timing",
     "tofu-attacks": "python -m benchmarks.tofu.attacks",
     "tofu-entropy": "python -m benchmarks.tofu.entropy",
+    "tofu-entropy-gate": "python -m benchmarks.tofu.entropy_gate",
     "tofu-noise": "python -m benchmarks.tofu.noise",
     "tofu-subset": "python -m benchmarks.tofu",
     **{
