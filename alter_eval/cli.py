@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from pydantic import BaseModel as Schema
 from rich.console import Console
@@ -39,13 +38,10 @@ _TRACED_ROWS = 12
 class _Benchmarks(TyperGroup):
     """Names the known benchmarks where one is unknown."""
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError:
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        if args[0] not in self.commands:
             ctx.fail(f"There is no benchmark {args[0]!r}; known: {', '.join(self.commands)}.")
+        return super().resolve_command(ctx, args)
 
 
 eval_app = typer.Typer(

@@ -117,7 +117,8 @@ def _texts(path: Path) -> list[str]:
 def parts_of(
     model: LanguageModel, data: MuseData, *, prefix_tokens: int, max_tokens: int
 ) -> dict[str, Callable[[], Schema]]:
-    """What is to be worked out, by the name of its log."""
+    """What is to be worked out, by the name of its log. Raises: ConfigError without the extra `eval`."""
+    metrics.bleu((), ())  # Not only once the completions are there.
     parts: dict[str, Callable[[], Schema]] = {
         "verbmem": partial(evaluate_verbatim, model, data.verbatim, prefix_tokens=prefix_tokens)
     }
