@@ -1,9 +1,9 @@
 """RWKU (Jin et al. 2024, arXiv 2406.10890): what is still known of forgotten people, and of their neighbours.
 
 Sets: `forget_level1` fill-in-the-blank, `forget_level2` questions, `forget_level3` adversarial ones,
-`neighbor_level1` and `neighbor_level2` about what stands near. Prompts, 30 new tokens, and an answer that ends
-with its first line are those of RWKU's own evaluation. ROUGE-L recall is `rouge_score`'s, with stems, as
-everywhere here; RWKU takes another package's, which has none.
+`neighbor_level1` and `neighbor_level2` about what stands near. Prompts, 30 new tokens, and an answer that
+ends with its first line are those of RWKU's own evaluation. ROUGE-L recall is `rouge_score`'s, with stems,
+as everywhere here; RWKU takes another package's, which has none.
 """
 
 from __future__ import annotations

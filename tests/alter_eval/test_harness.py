@@ -179,9 +179,7 @@ def test_a_server_that_refuses_is_an_engine_error_without_the_prompt(
     assert str(body["prompt"][0][:5])[1:-1] not in told
 
 
-def test_a_server_that_is_not_there_is_an_engine_error(
-    exact_base: BaseModel, world: World
-) -> None:
+def test_a_server_that_is_not_there_is_an_engine_error(exact_base: BaseModel, world: World) -> None:
     lm = harness_model(evaluated(exact_base, world, "http://127.0.0.1:9"))
     with pytest.raises(EngineError, match=r"127\.0\.0\.1:9.*Check --server"):
         lm.loglikelihood(requests_for(PAIRS[:1]))

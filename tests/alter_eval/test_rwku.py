@@ -94,34 +94,42 @@ def test_a_line_that_does_not_fit_is_named_without_its_text(
     [
         (
             probe(1, "cloze", "Z ate ___."),
-            "<|user|>Please complete the blank in the following question.\nQuestion: Z ate ___.\n"
-            "<|assistant|>Answer:",
+            (
+                "<|user|>Please complete the blank in the following question.\nQuestion: Z ate ___.\n"
+                "<|assistant|>Answer:"
+            ),
         ),
         (
             probe(2, "simple question"),
-            "<|user|>Please briefly answer the following question.\nQuestion: Q?\n"
-            "<|assistant|>Answer:",
+            (
+                "<|user|>Please briefly answer the following question.\nQuestion: Q?\n"
+                "<|assistant|>Answer:"
+            ),
         ),
         (
             probe(3, "role play"),
-            "<|user|>Please briefly answer the following question.\nQuestion: Q?\n"
-            "<|assistant|>Answer:",
+            (
+                "<|user|>Please briefly answer the following question.\nQuestion: Q?\n"
+                "<|assistant|>Answer:"
+            ),
         ),
         (
             probe(3, "incontext learning", "Question: P?\nAnswer: B\nQuestion: Q?"),
-            "<|user|>Please briefly answer the following question.\n"
-            "Question: P?\nAnswer: B\nQuestion: Q?\n<|assistant|>Answer:",
+            (
+                "<|user|>Please briefly answer the following question.\n"
+                "Question: P?\nAnswer: B\nQuestion: Q?\n<|assistant|>Answer:"
+            ),
         ),
         (
             probe(3, "affirmative suffix", "Q? Sure, it is"),
-            "<|user|>Please briefly answer the following question.\nQuestion: Q? Sure, it is"
-            "<|assistant|>",
+            (
+                "<|user|>Please briefly answer the following question.\nQuestion: Q? Sure, it is"
+                "<|assistant|>"
+            ),
         ),
     ],
 )
-def test_probes_are_asked_in_rwkus_words(
-    base: BaseModel, row: rwku.RwkuRow, expected: str
-) -> None:
+def test_probes_are_asked_in_rwkus_words(base: BaseModel, row: rwku.RwkuRow, expected: str) -> None:
     assert base.tokenizer.chat_template == CHAT_TEMPLATE
     (ids,) = rwku.encode(base.tokenizer, [row])
     assert base.tokenizer.decode(ids) == expected
