@@ -183,5 +183,5 @@ def needs_extra(package: str) -> ConfigError:
         f"This needs {package}, which is not installed",
         expected="the extra `eval`",
         got="an installation without it",
-        fix="Install it: ALTER_EXTRAS=dev,eval scripts/setup.sh, or pip install 'alter-server[eval]'.",
+        fix="Install it: ALTER_EXTRAS=eval scripts/setup.sh, or pip install '.[eval]' in the project.",
     )

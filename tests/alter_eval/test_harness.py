@@ -210,7 +210,7 @@ def test_figures_pool_subjects_by_their_size() -> None:
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "alter_eval.harness")
-    with pytest.raises(ConfigError, match=r"lm-eval.*extra `eval`.*alter-server\[eval\]"):
+    with pytest.raises(ConfigError, match=r"lm-eval.*extra `eval`.*ALTER_EXTRAS=eval"):
         from alter_eval.harness import evaluate_subject as _  # noqa: F401
 
 
