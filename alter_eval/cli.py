@@ -183,6 +183,7 @@ def _multiple_choice(
         key = {
             **opened.what,
             "benchmark": benchmark,
+            "lm_eval": harness.VERSION,
             "sets": {name: harness.subject_digest(subject) for name, subject in subjects.items()},
             "num_fewshot": num_fewshot,
             "limit": limit,
@@ -315,7 +316,6 @@ def fluency_command(
             for number, (name, part) in enumerate(members.items())
         }
         try:
-            judge.check()
             run_parts(out, key, parts, RichReporter())
         except JudgeError as error:
             reasons = dict.fromkeys(fluency.FIGURES, f"not measured: {error}")

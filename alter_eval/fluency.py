@@ -40,7 +40,8 @@ class ScoresLog(Schema):
 def evaluate_prompts(
     model: LanguageModel, judge: Judge, instructions: Sequence[str], *, seed: int
 ) -> ScoresLog:
-    """Answers and scores. Raises: JudgeError."""
+    """Answers and scores. Raises: JudgeError, before anything is answered if the judge is down."""
+    judge.check()
     prompts = chat_prompts(model.tokenizer, instructions)
     repeated = [prompt for prompt in prompts for _ in range(NUM_ANSWERS)]
     completions = model.sample(repeated, max_new_tokens=_MAX_NEW_TOKENS, seed=seed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ try:
 except ModuleNotFoundError as error:
     raise needs_extra("lm-eval") from error
 
+VERSION = version("lm_eval")
 _TASKS = Path(lm_eval.__file__).parent / "tasks"
 _CONCURRENCY = 8
 

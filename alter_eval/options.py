@@ -29,6 +29,7 @@ Data = Annotated[
     Path | None, typer.Option(help="Folder that holds the benchmarks. [default: ALTER_DATA_DIR]")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+# A standard error takes two rows.
 Limit = Annotated[
     int | None, typer.Option(min=2, help="Only the first so many rows of every set or subject.")
 ]

@@ -281,7 +281,7 @@ def test_fluency_is_judged_and_the_prompt_published(
     assert "judge-1" in page
     again = judged(world, data, out, judge)
     assert again.exit_code == 0
-    assert len(judge.asked) == 1 + 3 * 5 + 1, "only the check is asked anew"
+    assert len(judge.asked) == 1 + 3 * 5, "what is scored is not asked anew"
 
 
 def test_a_judge_that_is_down_leaves_its_reason_in_the_table_and_exits_with_1(
@@ -300,6 +300,18 @@ def test_a_judge_that_is_down_leaves_its_reason_in_the_table_and_exits_with_1(
     judge.status = 200
     assert judged(world, data, out, judge).exit_code == 0, "a repeated command goes on"
     assert None not in figures_in(out).values()
+
+
+def test_a_judge_that_is_down_changes_nothing_of_another_evaluation(
+    world: World, data: Path, judge: FakeServer, plain: Callable[[str], Path]
+) -> None:
+    out = plain("rwku")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    judge.status = 401
+    result = judged(world, data, out, judge)
+    assert isinstance(result.exception, EvaluationError)
+    assert "another evaluation" in str(result.exception)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def test_a_judge_that_goes_down_keeps_what_it_scored(

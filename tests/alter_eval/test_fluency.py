@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from alter_core.errors import JudgeError
 from alter_eval import fluency
 from alter_eval.fluency import ScoresLog
 from alter_eval.judge import Judge
@@ -30,8 +31,13 @@ class Talker(StubModel):
 class Counting:
     """Scores answers by the order in which they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_down: bool = False) -> None:
         self.pairs: list[tuple[str, str]] = []
+        self.is_down = is_down
+
+    def check(self) -> None:
+        if self.is_down:
+            raise JudgeError("down")
 
     def rate(self, pairs: Sequence[tuple[str, str]]) -> list[int | None]:
         self.pairs += pairs
@@ -45,6 +51,13 @@ def test_every_prompt_is_answered_and_scored_five_times(base: BaseModel) -> None
     assert [instruction for instruction, _ in judge.pairs] == ["Sing."] * 5 + ["Say why."] * 5
     assert len({answer for _, answer in judge.pairs}) == 10
     assert (model.seed, model.max_new_tokens) == (3, 256)
+
+
+def test_nothing_is_answered_while_the_judge_is_down(base: BaseModel) -> None:
+    model = Talker(base.tokenizer)
+    with pytest.raises(JudgeError):
+        fluency.evaluate_prompts(model, cast("Judge", Counting(is_down=True)), ["Sing."], seed=0)
+    assert not hasattr(model, "seed")
 
 
 def test_figures_are_of_all_scores_and_within_prompts() -> None:
