@@ -7,6 +7,7 @@ AlterError
 ├── TrainingDataError            a training file is malformed, or its sets overlap
 ├── TrainingError                training cannot go on (NaN loss, unusable checkpoint)
 ├── EvaluationError              a benchmark's rows or logs do not fit together
+│   └── JudgeError               the judge of answers cannot be asked, or gives no score
 ├── BundleError
 │   ├── BundleNotFoundError      nothing there, or not a bundle
 │   ├── BundleFormatError        a manifest of another kind, format or shape
@@ -76,6 +77,10 @@ class TrainingError(AlterError):
 
 class EvaluationError(AlterError):
     """A benchmark's rows or logs do not fit together."""
+
+
+class JudgeError(EvaluationError):
+    """The judge of answers cannot be asked, or gives no score."""
 
 
 class BundleError(AlterError):

@@ -20,9 +20,13 @@ from alter_core.errors import EngineError
 from trainer.base_model import BaseModel
 from trainer.batches import IGNORED, by_length, make_batch
 from trainer.dataset import EncodedRow
-from trainer.evaluation import greedy_completions
+from trainer.evaluation import greedy_completions, sampled_completions
 from trainer.losses import token_nll
 
+API_KEY_VARIABLE = "ALTER_API_KEY"
+"""Environment variable with the API key of the server that is evaluated; a flag would show in process lists.
+
+Not OPENAI_API_KEY: that one is for another party, and this server may be anybody's."""
 _BATCH_TOKENS = 8192
 
 
@@ -53,6 +57,11 @@ class LanguageModel(Protocol):
 
     def complete(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations, without what follows the end token."""
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, seed: int
+    ) -> list[list[int]]:
+        """Continuations drawn at temperature 1, without what follows the end token."""
 
 
 class TransformersModel:
@@ -86,6 +95,12 @@ class TransformersModel:
     def complete(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """See LanguageModel."""
         return greedy_completions(self.base, prompts, max_new_tokens=max_new_tokens)
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, seed: int
+    ) -> list[list[int]]:
+        """See LanguageModel."""
+        return sampled_completions(self.base, prompts, max_new_tokens=max_new_tokens, seed=seed)
 
 
 class WithoutExperts(TransformersModel):
@@ -135,19 +150,35 @@ class ServedModel:
     def complete(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """See LanguageModel."""
 
-        def complete(prompt: Sequence[int]) -> list[int]:
-            choice = self._post(prompt, max_tokens=max_new_tokens, return_token_ids=True)
-            ids: list[int] | None = choice.get("token_ids")
-            if ids is None:
-                raise _unusable("choices[0].token_ids", "none")
-            end = self.tokenizer.eos_token_id
-            return ids[: ids.index(end)] if end in ids else ids
+        options = {"max_tokens": max_new_tokens, "temperature": 0}
+        with ThreadPoolExecutor(self._concurrency) as executor:
+            return list(executor.map(lambda ids: self._complete(ids, **options), prompts))
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, seed: int
+    ) -> list[list[int]]:
+        """See LanguageModel. The server's own default of how to sample is overruled."""
+        options = {"max_tokens": max_new_tokens, "temperature": 1, "top_p": 1, "top_k": -1}
+
+        def draw(index: int) -> list[int]:
+            # A seed of its own for each, or a prompt asked five times has one answer.
+            return self._complete(prompts[index], seed=seed + index, **options)
 
         with ThreadPoolExecutor(self._concurrency) as executor:
-            return list(executor.map(complete, prompts))
+            return list(executor.map(draw, range(len(prompts))))
+
+    def _complete(self, prompt: Sequence[int], **options: Any) -> list[int]:
+        ids: list[int] | None = self._post(prompt, return_token_ids=True, **options).get(
+            "token_ids"
+        )
+        if ids is None:
+            raise _unusable("choices[0].token_ids", "none")
+        end = self.tokenizer.eos_token_id
+        return ids[: ids.index(end)] if end in ids else ids
 
     def _score(self, row: EncodedRow) -> AnswerScores:
-        logprobs = self._post(row.ids, max_tokens=1, echo=True, logprobs=1).get("logprobs") or {}
+        options = {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+        logprobs = self._post(row.ids, **options).get("logprobs") or {}
         found = list(
             zip(logprobs.get("token_logprobs", ()), logprobs.get("top_logprobs", ()), strict=False)
         )
@@ -162,7 +193,7 @@ class ServedModel:
         )
 
     def _post(self, prompt: Sequence[int], **options: Any) -> dict[str, Any]:
-        body = {"model": self._model, "prompt": list(prompt), "temperature": 0, **options}
+        body = {"model": self._model, "prompt": list(prompt), **options}
         try:
             response = self._http.post("/completions", json=body)
         except httpx.HTTPError as error:
@@ -173,11 +204,16 @@ class ServedModel:
                 fix="Check --server, and repeat the command: it goes on where it stopped.",
             ) from None
         if response.status_code != httpx.codes.OK:
+            is_refused = response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
             raise EngineError(
                 "The server did not answer a question of the evaluation",
                 expected="200",
                 got=f"{response.status_code} {response.text[:200]}",
-                fix="Check --served-model and the server's --max-model-len, and repeat the command.",
+                fix=(
+                    f"Put the server's API key into {API_KEY_VARIABLE}, and repeat the command."
+                    if is_refused
+                    else "Check --served-model and the server's --max-model-len, and repeat the command."
+                ),
             )
         try:
             choice: dict[str, Any] = response.json()["choices"][0]

@@ -36,14 +36,30 @@ def write_report(
         plots["routing.png"] = "Expert of every token; one line is one row, white marks its answer"
         _entropy(out / "entropy.png", traces)
         _routing(out / "routing.png", traces)
+    return write_page(
+        out,
+        title,
+        figures,
+        dict.fromkeys(figures, "not told: needs --retrained, --holdout, or answers"),
+        plots,
+    )
+
+
+def write_page(
+    out: Path,
+    title: str,
+    figures: Mapping[str, float | None],
+    not_measured: Mapping[str, str],
+    plots: Mapping[str, str],
+    notes: str = "",
+) -> Path:
+    """Writes `report.md`: the table, where `not_measured` tells why a figure is None, notes and plots."""
     lines = [f"# {title}", "", "| figure | value |", "|---|---|"]
     for name, value in figures.items():
-        shown = (
-            "not told: needs --retrained, --holdout, or answers"
-            if value is None
-            else f"{value:.4g}"
-        )
+        shown = not_measured.get(name, "not told") if value is None else f"{value:.4g}"
         lines.append(f"| `{name}` | {shown} |")
+    if notes:
+        lines += ["", notes]
     lines += [line for file, text in plots.items() for line in ("", f"{text}:", "", f"![]({file})")]
     path = out / "report.md"
     path.write_text("\n".join(lines) + "\n", "utf-8")

@@ -1,29 +1,22 @@
-"""One evaluation: every set of a benchmark through a model, resumable, then figures and a page.
-
-out/run.json        what is evaluated; a folder belongs to one model, one set of experts and one split
-out/SET.json        a SetLog, written once the set is done
-out/figures.json    the figures
-out/report.md       a page with plots, drawn from them
-"""
+"""One evaluation on TOFU: every set through a model, resumable; `logs` says what the folder holds."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alter_core.errors import EvaluationError
-from trainer.checkpoint import write_atomically
+from pydantic import BaseModel as Schema
+
 from trainer.dataset import EncodedRow
 from trainer.progress import Reporter
 
 from . import tofu
+from .logs import read_log, run_parts
 from .models import LanguageModel
 
-RUN_FILE = "run.json"
-FIGURES_FILE = "figures.json"
 HOLDOUT_FILE = "holdout.json"
 
 
@@ -54,27 +47,20 @@ def evaluate(
     `what` says what is evaluated; a folder that was begun for anything else is refused.
     Raises: EvaluationError.
     """
-    out.mkdir(parents=True, exist_ok=True)
     key = {
         **what,
         "sets": {name: tofu.dataset_digest(members) for name, members in rows.items()},
         "holdout": tofu.encoded_digest(holdout),
     }
-    _claim(out / RUN_FILE, key)
-    with reporter.stage("evaluation", len(rows) + bool(holdout)) as stage:
-        for done, (name, members) in enumerate(rows.items(), start=1):
-            path = out / f"{name}.json"
-            if not path.exists():
-                others = (row for other in rows if other != name for row in rows[other])
-                log = tofu.evaluate_set(
-                    model, members, judge if name == "forget" else None, tofu.words_of(others)
-                )
-                write_atomically(path, log.model_dump_json().encode() + b"\n")
-            stage.step(done)
-        if holdout and not (out / HOLDOUT_FILE).exists():
-            found = tofu.evaluate_holdout(model, holdout)
-            write_atomically(out / HOLDOUT_FILE, found.model_dump_json().encode() + b"\n")
-            stage.step(len(rows) + 1)
+    parts: dict[str, Callable[[], Schema]] = {}
+    for name, members in rows.items():
+        others = tofu.words_of(row for other in rows if other != name for row in rows[other])
+        parts[name] = partial(
+            tofu.evaluate_set, model, members, judge if name == "forget" else None, others
+        )
+    if holdout:
+        parts["holdout"] = partial(tofu.evaluate_holdout, model, holdout)
+    run_parts(out, key, parts, reporter)
     return read_logs(out)
 
 
@@ -83,19 +69,6 @@ def read_logs(folder: Path) -> tofu.ModelLogs:
     holdout = folder / HOLDOUT_FILE
     names = ("forget", *tofu.UTILITY_SETS)
     return tofu.ModelLogs(
-        sets={name: tofu.read_log(folder / f"{name}.json", tofu.SetLog) for name in names},
-        holdout=tofu.read_log(holdout, tofu.HoldoutLog) if holdout.exists() else None,
+        sets={name: read_log(folder / f"{name}.json", tofu.SetLog) for name in names},
+        holdout=read_log(holdout, tofu.HoldoutLog) if holdout.exists() else None,
     )
-
-
-def _claim(path: Path, key: Mapping[str, Any]) -> None:
-    content = json.dumps(key, indent=1, sort_keys=True).encode() + b"\n"
-    if not path.exists():
-        write_atomically(path, content)
-    elif path.read_bytes() != content:
-        raise EvaluationError(
-            f"{path.parent} holds another evaluation",
-            expected="the same model, experts, rows and settings",
-            got="others",
-            fix="Choose another --out, or repeat the first command to go on with it.",
-        )

@@ -14,10 +14,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from statistics import fmean
-from typing import TypeVar
 
 from pydantic import BaseModel as Schema
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from alter_core.errors import EvaluationError
@@ -43,9 +42,6 @@ class TofuRow:
     perturbed_answers: tuple[str, ...]
     paraphrased_question: str | None = None
     paraphrased_answer: str | None = None
-
-
-Log = TypeVar("Log", bound=Schema)
 
 
 class RowLog(Schema):
@@ -394,19 +390,6 @@ def check_comparable(log: SetLog, reference: SetLog) -> None:
                 got=theirs[:12],
                 fix="Evaluate the retrained model on the same split, with the same tokenizer.",
             )
-
-
-def read_log(path: Path, kind: type[Log]) -> Log:
-    """A log that an earlier evaluation wrote. Raises: EvaluationError."""
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise EvaluationError(
-            f"{path} is no log of an evaluation",
-            expected="a file that `alter eval` wrote",
-            got=type(error).__name__,
-            fix="Delete it, if it is there, and repeat the evaluation: it goes on where logs are missing.",
-        ) from None
 
 
 def model_utility(logs: Mapping[str, SetLog]) -> float:

@@ -77,11 +77,35 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-@torch.inference_mode()
 def greedy_completions(
     base: BaseModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy continuations of token prompts, up to the end token, with whatever is attached."""
+    return _completions(base, prompts, max_new_tokens=max_new_tokens, do_sample=False)
+
+
+def sampled_completions(
+    base: BaseModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, seed: int
+) -> list[list[int]]:
+    """The same, drawn from the model's own distribution: temperature 1, nothing cut off."""
+    devices = [] if base.device.type == "cpu" else [base.device]
+    with torch.random.fork_rng(devices, device_type=base.device.type):
+        torch.manual_seed(seed)
+        return _completions(
+            base,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+        )
+
+
+@torch.inference_mode()
+def _completions(
+    base: BaseModel, prompts: Sequence[Sequence[int]], **generation: Any
+) -> list[list[int]]:
     completions: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), _GENERATION_ROWS):
@@ -96,10 +120,9 @@ def greedy_completions(
             output = base.model.generate(
                 input_ids=ids.to(base.device),
                 attention_mask=mask.to(base.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
                 pad_token_id=base.pad_id,
                 eos_token_id=base.tokenizer.eos_token_id,
+                **generation,
             )
         for place, index in enumerate(chosen):
             completions[index] = _until(output[place, width:].tolist(), base.tokenizer.eos_token_id)

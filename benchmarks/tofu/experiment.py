@@ -20,6 +20,7 @@ from alter_cli.demo.tofu import general_text
 from alter_core import ForgetExpert, Substrate
 from alter_core.attach import AttachedModel
 from alter_eval import tofu
+from alter_eval.logs import read_log
 from alter_eval.models import LanguageModel, TransformersModel, WithoutExperts
 from trainer.base_model import BaseModel, load_base_model
 from trainer.checkpoint import write_atomically
@@ -187,7 +188,7 @@ class Bench:
             key = [tofu.dataset_digest(rows), *([sorted(common)] if common else [])]
             path = kept and kept / f"log-{name}-{_digest(key)}.json"
             if path and path.exists():
-                sets[name] = tofu.read_log(path, tofu.SetLog)
+                sets[name] = read_log(path, tofu.SetLog)
                 continue
             sets[name] = tofu.evaluate_set(model, rows, judge if is_forgotten else None, common)
             if path:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -12,7 +18,7 @@ from tests.trainer.world import World, make_model
 from trainer.base_model import BaseModel, load_base_model
 from trainer.dataset import encode_rows, read_rows
 
-from .small_tofu import SETS, rows_of_set
+from .small_tofu import SETS, rows_of_set, served_answer
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +61,66 @@ def knowing(base: BaseModel, world: World) -> tofu.ModelLogs:
 @pytest.fixture(scope="session")
 def ignorant(ignorant_base: BaseModel, base: BaseModel, world: World) -> tofu.ModelLogs:
     return logs_of(ignorant_base, world, base)
+
+
+@dataclasses.dataclass
+class FakeServer:
+    """A server on loopback. Set `status` to make it refuse."""
+
+    url: str
+    asked: list[tuple[str, dict[str, Any], dict[str, str]]]
+    """Path, body and headers of every request."""
+    status: int = 200
+
+
+@contextlib.contextmanager
+def serve_fake(
+    answer: Callable[[str, dict[str, Any]], dict[str, Any] | None],
+) -> Iterator[FakeServer]:
+    """Serves what `answer` makes of a path and a body; None is 404."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            fake.asked.append((self.path, body, {k.lower(): v for k, v in self.headers.items()}))
+            found = answer(self.path, body)
+            # A refusal that repeats what it was asked, as real ones do.
+            content = json.dumps(found if fake.status == 200 else {"error": body}).encode()
+            self.send_response(404 if found is None else fake.status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(content)))
+            with contextlib.suppress(ConnectionError):  # who asked may be gone
+                self.end_headers()
+                self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        fake = FakeServer(url=f"http://127.0.0.1:{http.server_port}", asked=[])
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        try:
+            yield fake
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def fake_server(exact_base: BaseModel) -> Iterator[FakeServer]:
+    """A server in vLLM's manner, with the small world's model."""
+
+    def answer(path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        return served_answer(exact_base, body) if path == "/v1/completions" else None
+
+    with serve_fake(answer) as fake:
+        yield fake
+
+
+@pytest.fixture
+def server(fake_server: FakeServer) -> str:
+    """Its root."""
+    return fake_server.url

@@ -98,11 +98,14 @@ class StubModel:
 def served_answer(base: BaseModel, body: dict[str, Any]) -> dict[str, Any]:
     """The answer that vLLM gives to a request for completion, in the fields that are read."""
     prompt = body["prompt"]
+    if isinstance(prompt[0], list):
+        (prompt,) = prompt
     if not body.get("echo"):
         ids = greedy_completions(base, [prompt], max_new_tokens=body["max_tokens"])[0]
         if len(ids) < body["max_tokens"]:
             ids.append(base.tokenizer.eos_token_id)
-        return {"choices": [{"text": "", "token_ids": ids if body["return_token_ids"] else None}]}
+        token_ids = ids if body["return_token_ids"] else None
+        return {"choices": [{"index": 0, "text": "", "token_ids": token_ids}]}
     log_p = base.model(input_ids=torch.tensor([prompt])).logits[0].float().log_softmax(dim=-1)
     ids = [*prompt, int(log_p[-1].argmax())]
     tokens = [base.tokenizer.decode([token]) for token in ids]
@@ -117,4 +120,4 @@ def served_answer(base: BaseModel, body: dict[str, Any]) -> dict[str, Any]:
             {tokens[place]: found} | {base.tokenizer.decode([best]): float(before[best])}
         )
     logprobs = {"tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top_logprobs}
-    return {"choices": [{"text": "", "logprobs": logprobs}]}
+    return {"choices": [{"index": 0, "text": "", "logprobs": logprobs}]}

@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +23,7 @@ from tests.support.tiny import PROVENANCE, random_expert, random_substrate
 from tests.trainer.world import World
 from trainer.base_model import BaseModel
 
-from .small_tofu import rows_of_set, served_answer, write_tofu
+from .small_tofu import rows_of_set, write_tofu
 
 FORGOTTEN = {"forget_quality", "forget_loss_ks_p", "privleak", "privleak_perturbed"}
 
@@ -154,34 +151,6 @@ def test_the_retrained_model_compared_with_itself(
     figures = figures_in(out)
     assert figures["forget_quality"] == 1
     assert figures["privleak"] == 0
-
-
-@pytest.fixture
-def server(exact_base: BaseModel) -> Iterator[str]:
-    """The root of a server in vLLM's manner, with the small world's model."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            content = json.dumps(served_answer(exact_base, body)).encode()
-            self.send_response(200 if self.path == "/v1/completions" else 404)
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{http.server_port}"
-        finally:
-            http.shutdown()
-            thread.join()
 
 
 def test_a_server_of_the_same_model_has_the_same_figures(

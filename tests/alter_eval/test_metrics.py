@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import entropy  # type: ignore[import-untyped]
 
 from alter_eval import metrics
 
@@ -176,3 +177,56 @@ def test_distinct_n_by_hand() -> None:
 @given(st.lists(WORDS, max_size=5))
 def test_distinct_n_is_a_share(answers: list[list[str]]) -> None:
     assert 0 <= metrics.distinct_n(answers) <= 1
+
+
+def lcs(first: list[str], second: list[str]) -> int:
+    """Length of the longest common subsequence, by its recursion."""
+    if not first or not second:
+        return 0
+    if first[-1] == second[-1]:
+        return 1 + lcs(first[:-1], second[:-1])
+    return max(lcs(first[:-1], second), lcs(first, second[:-1]))
+
+
+@law
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=7), WORDS.map(lambda w: w[:6]))
+def test_rouge_l_is_the_longest_common_subsequence(words: list[str], found: list[str]) -> None:
+    (score,) = metrics.rouge_l([" ".join(words)], [" ".join(found)])
+    common = lcs(words, found)
+    assert score.recall == pytest.approx(common / len(words))
+    assert score.f1 == pytest.approx(2 * common / (len(words) + len(found)))
+
+
+def test_rouge_l_takes_stems_only_where_asked() -> None:
+    (with_stems,) = metrics.rouge_l(["two mills turning"], ["two mill turns"])
+    (without,) = metrics.rouge_l(["two mills turning"], ["two mill turns"], use_stemmer=False)
+    assert (with_stems.recall, without.recall) == (1.0, pytest.approx(1 / 3))
+
+
+def test_bleu_by_hand() -> None:
+    pytest.importorskip("sacrebleu", reason="needs the extra `eval`")
+    found = metrics.bleu(
+        ["a b c d e", "a b c d e", "a b c d e f", "a b"],
+        ["a b c d e", "a b c d", "a b c x d e f", "a b"],
+    )
+    # Precisions of 1- to 4-grams; the third has no 4-gram right, smoothed to half a hit.
+    third = (6 / 7 * 4 / 6 * 2 / 5 * 0.5 / 4) ** 0.25
+    assert found == pytest.approx([1.0, math.exp(1 - 5 / 4), third, 1.0])
+
+
+def test_the_similarity_gap_is_between_means_of_each_similarity() -> None:
+    # BLEU up by 0.2, ROUGE-L down by 0.1: gaps add up, and do not cancel.
+    found = [[0.1, 0.5, 0.6], [0.2, 0.2, 0.2]]
+    retrained = [[0.0, 0.2, 0.4], [0.5, 0.2, 0.2]]
+    assert metrics.average_similarity_gap(found, retrained) == pytest.approx((0.2 + 0.1) / 2)
+    assert metrics.average_similarity_gap(found, found) == 0
+
+
+@given(WORDS)
+def test_ngram_entropy_is_the_weighted_entropy_of_pairs_and_triples(words: list[str]) -> None:
+    expected = []
+    for order, weight in ((2, 2 / 3), (3, 4 / 3)):
+        grams = ["".join(words[at : at + order]) for at in range(len(words) - order + 1)]
+        counts = [grams.count(gram) for gram in set(grams)]
+        expected.append(weight * (float(entropy(counts, base=2)) if counts else 0.0))
+    assert metrics.ngram_entropy(words) == pytest.approx(sum(expected) / 2)

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from alter_core import AlterConfig
 from alter_core.attach import AttachedModel
@@ -79,6 +80,51 @@ def test_a_server_gives_the_completions_of_its_model(
     expected = TransformersModel(exact_base).complete(prompts, max_new_tokens=12)
     assert server.complete(prompts, max_new_tokens=12) == expected
     assert exact_base.tokenizer.eos_token_id not in [token for ids in expected for token in ids]
+
+
+def test_samples_are_drawn_from_the_whole_distribution(ignorant_base: BaseModel) -> None:
+    prompt = ignorant_base.tokenizer("The mill")["input_ids"]
+    drawn = TransformersModel(ignorant_base).sample([prompt] * 900, max_new_tokens=1, seed=1)
+    logits = ignorant_base.model(input_ids=torch.tensor([prompt])).logits[0, -1]
+    p = logits.softmax(dim=-1)
+    end = ignorant_base.tokenizer.eos_token_id
+    counts = torch.bincount(torch.tensor([ids[0] if ids else end for ids in drawn]), minlength=420)
+    ranked = p.argsort(descending=True)
+    # Groups of ranks: the head alone would do under top-k or a low temperature.
+    for group in (ranked[:50], ranked[50:200], ranked[200:]):
+        share, expected = float(counts[group].sum()) / 900, float(p[group].sum())
+        assert abs(share - expected) < 4 * (expected * (1 - expected) / 900) ** 0.5
+
+
+def test_samples_follow_their_seed_alone(ignorant_base: BaseModel) -> None:
+    model = TransformersModel(ignorant_base)
+    prompts = [ignorant_base.tokenizer(text)["input_ids"] for text in ("The mill", "He")]
+    state = torch.random.get_rng_state()
+    first = model.sample(prompts * 2, max_new_tokens=6, seed=4)
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.manual_seed(99)
+    assert model.sample(prompts * 2, max_new_tokens=6, seed=4) == first
+    assert model.sample(prompts * 2, max_new_tokens=6, seed=5) != first
+    assert first[0] != first[2], "the same prompt is answered anew"
+
+
+def test_a_server_samples_each_prompt_with_a_seed_of_its_own(
+    server: ServedModel, asked: list[httpx.Request], rows: list[EncodedRow]
+) -> None:
+    server.sample([rows[0].ids[:5]] * 3, max_new_tokens=4, seed=10)
+    bodies = sorted((json.loads(request.content) for request in asked), key=lambda b: b["seed"])
+    assert [body["seed"] for body in bodies] == [10, 11, 12]
+    for body in bodies:
+        assert (body["temperature"], body["top_p"], body["top_k"]) == (1, 1, -1)
+        assert body["max_tokens"] == 4
+
+
+def test_a_server_that_wants_a_key_says_where_it_goes(
+    exact_base: BaseModel, rows: list[EncodedRow]
+) -> None:
+    model = served(exact_base, lambda request: httpx.Response(401))
+    with pytest.raises(EngineError, match="ALTER_API_KEY"):
+        model.score(rows[:1])
 
 
 def test_a_server_is_asked_by_token_ids_and_with_the_key(

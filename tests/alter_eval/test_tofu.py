@@ -11,6 +11,7 @@ import pytest
 
 from alter_core.errors import EvaluationError
 from alter_eval import tofu
+from alter_eval.logs import read_log
 from alter_eval.models import TransformersModel
 from alter_eval.tofu import ModelLogs, SetLog
 from tests.trainer.world import World
@@ -218,7 +219,7 @@ def test_logs_survive_their_file_and_hold_no_text(
         content = log.model_dump_json()
         assert not [text for text in world.strings() if text in content]
         (tmp_path / "log.json").write_text(content)
-        assert tofu.read_log(tmp_path / "log.json", type(log)) == log
+        assert read_log(tmp_path / "log.json", type(log)) == log
 
 
 def test_a_model_that_answers_nothing_has_no_perplexity(base: BaseModel) -> None:

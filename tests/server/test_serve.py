@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -21,6 +22,8 @@ from alter_cli.demo.tokenizer import train_tokenizer
 from alter_core import ForgetExpert, Substrate
 from alter_core.attach import AttachedModel
 from alter_eval.models import ServedModel, TransformersModel
+from alter_eval.multiple_choice import Question, Subject
+from alter_eval.source import Source
 from tests.support.tiny import VOCAB_SIZE, TinyBundles, make_bundles
 from trainer.base_model import load_base_model
 from trainer.dataset import EncodedRow
@@ -126,6 +129,40 @@ def test_evaluation_through_the_server_agrees_with_the_reference(
         for a, b in zip(f.is_argmax, e.is_argmax, strict=True)
     ]
     assert sum(hits) >= 0.95 * len(hits)
+
+
+def test_multiple_choice_through_the_server_has_the_numbers_of_the_hugging_face_path(
+    server: RunningServer, bundles: TinyBundles
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    from alter_eval.harness import evaluate_subject, harness_model
+
+    words = QUESTION.split()
+    questions = [
+        Question(
+            question=" ".join(words[at % 9 :] + words[: at % 7]),
+            choices=tuple(words[(at + step) % len(words)] for step in range(4)),
+            answer=at % 4,
+        )
+        for at in range(24)
+    ]
+    subject = Subject(test=questions, dev=questions[:2])
+    here = Source(
+        model=bundles.model,
+        device="cpu",
+        substrate=bundles.substrate,
+        domains=[f"from-start={bundles.experts['domain-0']}"],
+    )
+    there = Source(model=bundles.model, device="cpu", server=server.url)
+    logs, scores = [], []
+    for source in (here, there):
+        with source.open() as opened:
+            lm = harness_model(opened)
+            logs.append(evaluate_subject(lm, "mmlu_anatomy", subject, num_fewshot=2))
+            asked = [SimpleNamespace(args=(q.question, f" {q.choices[0]}")) for q in questions]
+            scores.append(torch.tensor([value for value, _ in lm.loglikelihood(asked)]))
+    assert logs[0] == logs[1]
+    assert (scores[0] - scores[1]).abs().mean() < 0.02 * scores[0].abs().mean()
 
 
 def test_activation_inside_a_stream_marks_the_place_and_revocation_restores_the_answer(
