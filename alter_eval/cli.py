@@ -72,9 +72,6 @@ def _root() -> None:
     """One subcommand a benchmark."""
 
 
-eval_app.command("interference")(interference_command)
-
-
 @eval_app.command("tofu")
 def tofu_command(
     model: options.Model,
@@ -337,6 +334,9 @@ def fluency_command(
     )
     if figures["fluency_mean"] is None:
         raise typer.Exit(1)
+
+
+eval_app.command("interference")(interference_command)
 
 
 def _source(

@@ -227,9 +227,9 @@ def test_a_folder_without_the_benchmark_is_named_before_anything_is_written(
 def test_an_unknown_benchmark_lists_the_known() -> None:
     result = CliRunner().invoke(eval_app, ["helm"])
     assert result.exit_code == 2
-    told = " ".join(result.output.split())
+    told = " ".join(result.output.replace("│", " ").split())
     assert "There is no benchmark 'helm'" in told
-    assert "tofu, mmlu, wmdp, rwku, muse, fluency" in told
+    assert "tofu, mmlu, wmdp, rwku, muse, fluency, interference" in told
 
 
 @pytest.mark.parametrize("benchmark", ["rwku", "wmdp"])
