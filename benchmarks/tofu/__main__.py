@@ -16,6 +16,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+from alter_core.errors import TrainingError
 from alter_eval import tofu
 from alter_eval.data import default_data_dir
 
@@ -93,8 +94,13 @@ def main() -> None:
         "base": [tofu.figures(bench.base_logs, bench.retrained_logs)],
         "retrained": [tofu.figures(bench.retrained_logs, bench.retrained_logs)],
     }
+    refused: dict[str, str] = {}
     for name in names:
-        rows[name] = [bench.run(VARIANTS[name], seed) for seed in range(options.seeds)]
+        try:
+            rows[name] = [bench.run(VARIANTS[name], seed) for seed in range(options.seeds)]
+        except TrainingError as error:
+            refused[name] = error.what
+            continue
         print(name, {key: rows[name][0][key] for key in SHOWN}, flush=True)
     out = Path("build") if options.quick else options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -109,6 +115,7 @@ def main() -> None:
             "rows": f"{len(bench.split.measured['forget'])} forgotten in {len(bench.split.domains)} "
             f"domains, {len(bench.split.retain)} retained",
             "seeds": options.seeds,
+            "refused": refused,
             "plot": f"[trade-off](tofu-{split}.png)",
             "models": "base and retrained of one recipe, 5 million parameters, trained from scratch",
         },
