@@ -190,7 +190,7 @@ def search_strength(
     num_steps: int = 20,
     tolerance: float = 0.05,
 ) -> Search:
-    """Zeroth-order search (paper, Section 3.3): two evaluations a step, no gradient of the model.
+    """Zeroth-order search, as in the paper: two evaluations a step, no gradient of the model.
 
     log s <- log s - eta (d(s + h) - d(s - h)) / (log(s + h) - log(s - h)): the scale of embeddings, which
     models differ in, takes no part. Unlike the paper's, eta and h are halved where the slope changes sign.

@@ -22,7 +22,7 @@ from alter_core.evidence import EvidenceHead, windowed_max
 from alter_core.substrate import ForgetExpert, Substrate
 
 from .base_model import BaseModel
-from .batches import by_length, make_batch
+from .batches import IGNORED, by_length, make_batch
 from .dataset import EncodedRow
 from .losses import answer_nll
 from .router import WindowScorer
@@ -65,6 +65,21 @@ def answer_losses(base: BaseModel, rows: Sequence[EncodedRow]) -> list[float]:
         for index, loss in zip(indices, found, strict=True):
             losses[index] = loss
     return losses
+
+
+@torch.no_grad()
+def answer_states(base: BaseModel, rows: Sequence[EncodedRow]) -> list[Tensor]:
+    """Last hidden states that answer tokens are predicted from, with whatever is attached.
+
+    Shapes: per row (N, D).
+    """
+    states: dict[int, Tensor] = {}
+    for indices in by_length(rows, _BATCH_TOKENS):
+        batch = make_batch(rows, indices, base.pad_id).to(base.device)
+        hidden_BTD = base.hidden_states(batch)
+        for place, index in enumerate(indices):
+            states[index] = hidden_BTD[place][batch.labels[place] != IGNORED]
+    return [states[index] for index in range(len(rows))]
 
 
 def mean_probability(losses: Sequence[float]) -> float:

@@ -23,12 +23,12 @@ from .base_model import BaseModel
 from .batches import IGNORED, Batch, by_length, make_batch
 from .counterfactual import Counterfactuals, counterfactual_rows
 from .dataset import EncodedRow
-from .evaluation import first_answer, greedy_completions
+from .evaluation import answer_states, first_answer, greedy_completions
 from .levels import ignorant_logprobs
 from .losses import TokenLoss, answer_nll, masked_mean
 
-_TARGET_TOKENS = 4096
-"""The base model reads targets in batches of about so many."""
+_BATCH_TOKENS = 4096
+"""Rows are read in batches of about so many."""
 _DRAWN_WORDS = 64
 """Tokens of the domain's answers and of what stands for them, drawn anew in every step."""
 _HUBER_DELTA = 4.0
@@ -190,7 +190,7 @@ class CounterfactualDistillation:
     def excess(self) -> float:
         """See Objective; of the selected tokens."""
         total, count = 0.0, 0
-        for indices in by_length(self.rows, _TARGET_TOKENS):
+        for indices in by_length(self.rows, _BATCH_TOKENS):
             batch = self._batch([self.rows[index] for index in indices])
             is_label = batch.labels != IGNORED
             found_NV = self.base.head(self.base.hidden_states(batch)[is_label]).float()
@@ -309,14 +309,8 @@ class CounterfactualDistillation:
         self, pairs: Sequence[_Pair], selected: Sequence[Tensor] | None = None
     ) -> list[Lesson]:
         """What the base model makes of the targets; every answer token counts where none are selected."""
-        hidden: dict[int, Tensor] = {}
-        targets = [target for _, target in pairs]
-        for indices in by_length(targets, _TARGET_TOKENS):
-            batch = self._batch([targets[index] for index in indices])
-            with self.attached.disabled():
-                states_BTD = self.base.hidden_states(batch)
-            for place, index in enumerate(indices):
-                hidden[index] = states_BTD[place][batch.labels[place] != IGNORED]
+        with self.attached.disabled():
+            hidden = answer_states(self.base, [target for _, target in pairs])
         lessons = []
         for index, (row, target) in enumerate(pairs):
             is_label = torch.tensor(row.is_answer[1:])

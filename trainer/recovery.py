@@ -33,16 +33,15 @@ from alter_core.evidence import EvidenceHead
 from alter_core.substrate import ForgetExpert, Substrate
 
 from .base_model import BaseModel
-from .batches import IGNORED, at_step, by_length, make_batch
+from .batches import IGNORED, at_step, make_batch
 from .checkpoint import finite
 from .dataset import EncodedRow
-from .evaluation import answer_losses, attached_experts, mean, routed_logits
+from .evaluation import answer_losses, answer_states, attached_experts, mean, routed_logits
 from .losses import LossTerm, isolated_gradients
 from .progress import Stage
 from .settings import RefreshSettings
 from .substrate import normalised_embeddings, rounded
 
-_BATCH_TOKENS = 4096
 _WEAKEST_PROMPTS = 0.05
 _MOST_LOWERED = 0.5
 """Share of what the weakest prompts score: the rest is for the same questions in other words."""
@@ -266,21 +265,6 @@ def _step(optimizer: torch.optim.Optimizer, terms: Sequence[LossTerm], where: st
     nn.utils.clip_grad_norm_(list(gradients), _MAX_GRADIENT_NORM)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def answer_states(base: BaseModel, rows: Sequence[EncodedRow]) -> list[Tensor]:
-    """Last hidden states that answer tokens are predicted from, with whatever is attached.
-
-    Shapes: per row (N, D).
-    """
-    states: dict[int, Tensor] = {}
-    for indices in by_length(rows, _BATCH_TOKENS):
-        batch = make_batch(rows, indices, base.pad_id).to(base.device)
-        hidden_BTD = base.hidden_states(batch)
-        for place, index in enumerate(indices):
-            states[index] = hidden_BTD[place][batch.labels[place] != IGNORED]
-    return [states[index] for index in range(len(rows))]
 
 
 def answer_divergence(

@@ -2,10 +2,10 @@
 
     python -m benchmarks.tofu.entropy_gate       docs/results/tofu-entropy-gate.{json,md}
 
-Rows known by heart have no uncertain token, and the mask changes nothing (`tofu-subset`). Half-learned rows
-have, and so have forget files with prose in which the rows' answers stand. In either situation, experts are
-trained with the entropy mask and without it, and served with both paths of Eq. 9 and with one. 16 authors,
-4 of them forgotten.
+Rows known by heart have no uncertain token (`tofu-entropy`), so the mask leaves none out. Half-learned rows
+have some, and so have forget files with prose in which the rows' answers stand. In either situation, experts
+are trained with the entropy mask and without it, and served with both paths of Eq. 9 and with one.
+16 authors, 4 of them forgotten.
 """
 
 from __future__ import annotations

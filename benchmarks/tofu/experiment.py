@@ -25,6 +25,7 @@ from alter_eval.models import LanguageModel, TransformersModel, WithoutExperts
 from trainer.base_model import BaseModel, load_base_model
 from trainer.checkpoint import write_atomically
 from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.evaluation import attached_experts
 from trainer.substrate import on_device
 
 from .reference import CACHE, reference_model
@@ -203,11 +204,9 @@ class Bench:
 def attached(base: BaseModel, substrate: Path, experts: Iterable[Path]) -> Iterator[AttachedModel]:
     """The base model with the experts of these bundles, inside the block."""
     shared = on_device(Substrate.read(substrate, base.info), base.device)
-    model = AttachedModel(base.model, shared, [ForgetExpert.read(path, shared) for path in experts])
-    try:
+    read = [ForgetExpert.read(path, shared) for path in experts]
+    with attached_experts(base, shared, read) as model:
         yield model
-    finally:
-        model.detach()
 
 
 def encoded_files(base: BaseModel, *files: Path) -> list[EncodedRow]:

@@ -4,7 +4,7 @@
 
 The rows are those of forget10, of a base model that knows 20 other authors beside them. Everything sees them
 as often, in the same batches, one after another. Seconds are processor time, on one thread unless told
-otherwise: other load on the machine hardly lengthens it.
+otherwise: waiting for the processor is left out, slower memory beside other load is not.
 Gradient ascent updates all weights and has no retained rows. LoRA and asymmetric LoRA act on every token, so
 they need a retain term beside the forget term, which is ALTER's; ALTER needs a router instead.
 """

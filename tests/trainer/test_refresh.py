@@ -31,11 +31,10 @@ from trainer import (
 from trainer.base_model import BaseModel
 from trainer.cli import train_command
 from trainer.dataset import EncodedRow, encode_rows, read_rows
-from trainer.evaluation import answer_losses, attached_experts, mean, routed_logits
+from trainer.evaluation import answer_losses, answer_states, attached_experts, mean, routed_logits
 from trainer.recovery import (
     Recovery,
     answer_divergence,
-    answer_states,
     lowering,
     recover,
 )
