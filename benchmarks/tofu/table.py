@@ -43,8 +43,17 @@ def write_table(
         spread={f"{r}/{k}": (min(v), max(v)) for (r, k), v in values.items() if len(v) > 1},
         seed=seed,
         notes=notes,
-        table=_table(list(rows), shown, values),
+        table=figure_table(rows, shown),
     )
+
+
+def figure_table(rows: Mapping[str, Sequence[Figures]], columns: Sequence[str]) -> str:
+    """Markdown with one line a row: means over seeds, lowest and highest behind."""
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for row, found in rows.items():
+        cells = [_cell(_known(found, key)) for key in columns]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def plot_trade_off(path: Path, rows: Mapping[str, Sequence[Figures]]) -> None:
@@ -68,16 +77,6 @@ def plot_trade_off(path: Path, rows: Mapping[str, Sequence[Figures]]) -> None:
 
 def _known(found: Sequence[Figures], key: str) -> list[float]:
     return [value for figures in found if (value := figures.get(key)) is not None]
-
-
-def _table(
-    rows: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], list[float]]
-) -> str:
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for row in rows:
-        cells = [_cell(values[row, key]) for key in columns]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from alter_core.errors import ConfigError
 from trainer.batches import IGNORED, Batch, by_length
 from trainer.dataset import EncodedRow
+from trainer.evaluation import answer_states
 
 from .base import ForgetLoss, RetainKl, Task, TokenLoss, TokenMethod
 from .fields import TEXT, check_positive, check_range
@@ -22,7 +23,6 @@ from .guidance import guided_completions, guided_log_probs
 from .terms import mean_nll
 
 _GENERATION_TOKENS = 4096
-_MAX_NEW_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,8 @@ class Elm(RetainKl, TokenMethod):
     """> 0; far below eta, since what is written must stay readable."""
     fluency_weight: float = 1.0
     """>= 0."""
+    written_tokens: int = 64
+    """Longest text that the base model writes under guidance, > 0."""
     expert_prompt: str | None = dataclasses.field(default=None, metadata=TEXT)
     """Such as "Here is a text by an expert on ...:"."""
     novice_prompt: str | None = dataclasses.field(default=None, metadata=TEXT)
@@ -59,7 +61,7 @@ class Elm(RetainKl, TokenMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "eta", "fluency_eta")
+        check_positive(self, "eta", "fluency_eta", "written_tokens")
         check_range(self, "fluency_weight", self.fluency_weight >= 0, ">= 0")
         if bool(self.expert_prompt) != bool(self.novice_prompt):
             raise ConfigError(
@@ -71,11 +73,14 @@ class Elm(RetainKl, TokenMethod):
     def token_loss(self, task: Task) -> TokenLoss:
         """See TokenMethod."""
         expert, novice = self.contexts(task)
+        # What the base model makes of the rows never changes: each is read once.
+        states = [answer_states(task.reference, rows) for rows in (task.forget, expert, novice)]
 
         def loss(logits: Tensor, batch: Batch) -> Tensor:
             with torch.no_grad():
                 own, wise, naive = (
-                    self._answer_logits(task, rows, batch) for rows in (task.forget, expert, novice)
+                    task.reference.head(torch.cat([hidden[index] for index in batch.indices]))
+                    for hidden in states
                 )
                 target_NV = guided_log_probs(own, naive, wise, self.eta).exp()
             is_answer = batch.labels != IGNORED
@@ -111,7 +116,7 @@ class Elm(RetainKl, TokenMethod):
         else:
             experts = [row.ids for row in others]
             novices = [task.retain[place % len(task.retain)].ids for place in range(len(others))]
-        limit = task.model.max_tokens - _MAX_NEW_TOKENS
+        limit = task.model.max_tokens - self.written_tokens
         return (
             [_behind(*pair, limit) for pair in zip(experts, task.forget, strict=True)],
             [_behind(*pair, limit) for pair in zip(novices, task.forget, strict=True)],
@@ -132,17 +137,12 @@ class Elm(RetainKl, TokenMethod):
                 naive,
                 wise,
                 strength=self.fluency_eta,
-                max_new_tokens=_MAX_NEW_TOKENS,
+                max_new_tokens=self.written_tokens,
             )
             for index, prompt, answer in zip(indices, prompts, answers, strict=True):
                 is_answer = (False,) * len(prompt) + (True,) * len(answer)
                 written[index] = EncodedRow(ids=(*prompt, *answer), is_answer=is_answer)
         return [written[index] for index in range(len(task.forget))]
-
-    def _answer_logits(self, task: Task, rows: Sequence[EncodedRow], batch: Batch) -> Tensor:
-        """The base model's, at the answer tokens of the batch's rows as `rows` has them. Shape: (N, V)."""
-        shown = task.batch(rows, batch.indices)
-        return task.reference.logits(shown)[shown.labels != IGNORED]
 
 
 def _behind(context: Sequence[int], row: EncodedRow, limit: int) -> EncodedRow:
