@@ -52,6 +52,7 @@ class EntropyMask(StrEnum):
     THRESHOLD = "threshold"
     QUANTILE = "quantile"
     NONE = "none"
+    ATWU = "atwu"
 
 
 class AGradient(StrEnum):
@@ -177,7 +178,11 @@ def train_command(
     ] = _EXPERT.others_weight,
     forget_cap: Annotated[float, _experts("Cap of `capped`, in nats.")] = _EXPERT.forget_cap,
     entropy_mask: Annotated[
-        EntropyMask, _experts("Answer tokens to forget: S_q below the threshold, a share, all.")
+        EntropyMask,
+        _experts(
+            "Answer tokens to forget: S_q below the threshold, a share, all; "
+            "all, weighted as learned meanwhile."
+        ),
     ] = _ENTROPY_MASK,
     entropy_quantile: Annotated[
         float, _experts("Share that `quantile` selects.")

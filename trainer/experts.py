@@ -1,7 +1,7 @@
 """Training one forget domain's B_f on a frozen substrate, under the gate that will be in force.
 
 The substrate's A, B_r and estimator and the domain's evidence head are fixed before it begins; the forget
-loss is the only term and B_f the only thing that learns.
+loss is the only term and B_f the only thing that learns, beside the scorer of tokens under `atwu`.
 
 Legend: T tokens, R rank, O stacked output features.
 """
@@ -20,6 +20,7 @@ from alter_core.errors import TrainingError
 from alter_core.evidence import EvidenceHead
 from alter_core.substrate import ForgetExpert, Substrate
 
+from .atwu import AtwuSettings, TokenScorer
 from .base_model import BaseModel
 from .batches import at_step
 from .checkpoint import Checkpoint, adam_tensors, finite, restore, restore_adam
@@ -48,11 +49,11 @@ def select_answer_tokens(
 ) -> list[Tensor]:
     """Which tokens the forget loss reads. Shapes: per row (T,) bool.
 
-    A token is selected by its own S_q, never by that of the token before it.
+    A token is selected by its own S_q, never by that of the token before it. `none` and `atwu` select all.
     Raises: TrainingError if no token of the domain is.
     """
     is_answer = [torch.tensor(row.is_answer) for row in rows]
-    if settings.entropy_mask == "none":
+    if settings.entropy_mask in ("none", "atwu"):
         return is_answer
     if settings.entropy_mask == "quantile":
         answers = torch.cat([values[mask] for values, mask in zip(entropy, is_answer, strict=True)])
@@ -65,7 +66,7 @@ def select_answer_tokens(
             "No answer token of the domain has low entropy, so there is nothing to forget",
             expected=f"some token with S_q <= {threshold:.2f}",
             got="none",
-            fix="The base model may not know these answers; else use --entropy-mask quantile or none.",
+            fix="The base model may not know these answers; else use --entropy-mask quantile, none or atwu.",
         )
     return selected
 
@@ -103,12 +104,15 @@ class ExpertTraining:
         self.objective = self._objective(selected, counterfactuals)
 
     def _objective(self, selected: Sequence[Tensor], counterfactuals: Counterfactuals) -> Objective:
-        settings = self.settings
+        settings, base = self.settings, self.base
+        scorer = None
+        if settings.entropy_mask == "atwu":
+            scorer = TokenScorer(AtwuSettings(), base.info.hidden_size, base.device)
         if settings.forget_loss != "counterfactual":
             loss = token_loss(settings.forget_loss, settings.forget_cap)
-            return TokenPush(self.base, self.rows, selected, loss)
+            return TokenPush(base, self.rows, selected, loss, scorer)
         return CounterfactualDistillation(
-            self.base,
+            base,
             self.attached,
             self.rows,
             selected,
@@ -118,6 +122,7 @@ class ExpertTraining:
             answer_weight=settings.answer_weight,
             others_weight=settings.scaled_others_weight(len(self.rows)),
             seed=self.seed,
+            scorer=scorer,
         )
 
     def close(self) -> None:
@@ -156,7 +161,7 @@ class ExpertTraining:
         return checkpoint.step
 
     def term(self, step: int) -> LossTerm:
-        """The forget term at a step: low-entropy answer tokens of a batch, learned by B_f alone."""
+        """The forget term at a step: selected answer tokens of a batch, learned by B_f alone."""
         if step in self.readings:
             self.objective.read_itself()
         indices = at_step(self.rows, self.settings.batch_rows, step, self.seed)

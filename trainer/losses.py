@@ -70,6 +70,12 @@ def masked_mean(values: Tensor, is_selected: Tensor) -> Tensor:
     return (values * is_selected).sum() / is_selected.sum().clamp_min(1)
 
 
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """sum w v / sum w; 0 where all weights are. Shapes: two alike -> ()."""
+    total = weights.sum()
+    return (values * weights).sum() / total.where(total > 0, total.new_ones(()))
+
+
 def structural_term(
     logits: Tensor,
     is_high: Tensor,

@@ -3,6 +3,13 @@
 `CounterfactualDistillation` says what to answer instead; `TokenPush` only what not to (the paper's IHL, and a
 capped loss).
 
+Both take the mean over the selected tokens or, given a scorer, over all answer tokens as it weights them
+(ATWU). In ATWU a token's forgetting competes with a loss on retained rows. There is none here, since the gate
+keeps the rest: what holds a token's loss up is only what else B_f is trained on, the other tokens. That is
+our reading. So weights say how readily B_f takes a token up beside the others, and not whether it belongs to
+the domain alone. Under `CounterfactualDistillation`, tokens that were right from the first are among the
+readiest.
+
 Legend: B batch, T tokens, D hidden, V vocabulary, N answer tokens.
 """
 
@@ -19,13 +26,14 @@ from torch.nn import functional as F
 
 from alter_core.attach import AttachedModel
 
+from .atwu import TokenScorer
 from .base_model import BaseModel
 from .batches import IGNORED, Batch, by_length, make_batch
 from .counterfactual import Counterfactuals, counterfactual_rows
 from .dataset import EncodedRow
 from .evaluation import answer_states, first_answer, greedy_completions
 from .levels import ignorant_logprobs
-from .losses import TokenLoss, answer_nll, masked_mean
+from .losses import TokenLoss, answer_nll, masked_mean, weighted_mean
 
 _BATCH_TOKENS = 4096
 """Rows are read in batches of about so many."""
@@ -52,7 +60,7 @@ class Objective(Protocol):
     """A loss over rows of the domain, behind the gate that will be in force."""
 
     def __call__(self, indices: Sequence[int]) -> Outcome:
-        """The loss on the rows at `indices`."""
+        """The loss on the rows at `indices`, for a step of training: a scorer takes one of its own."""
 
     def read_itself(self) -> None:
         """Takes the expert's own answers, as they are now, into account."""
@@ -68,7 +76,10 @@ class Objective(Protocol):
 
 
 class TokenPush:
-    """Pushes the selected tokens' probability down, to wherever the rest may go."""
+    """Pushes the selected tokens' probability down, to wherever the rest may go.
+
+    A scorer's weights, if there is one, multiply the tokens' losses.
+    """
 
     def __init__(
         self,
@@ -76,16 +87,19 @@ class TokenPush:
         rows: Sequence[EncodedRow],
         selected: Sequence[Tensor],
         loss: TokenLoss,
+        scorer: TokenScorer | None = None,
     ) -> None:
         self.base, self.rows, self.selected, self.loss = base, rows, selected, loss
+        self.scorer = scorer
 
     def __call__(self, indices: Sequence[int]) -> Outcome:
         """See Objective."""
         batch = make_batch(self.rows, indices, self.base.pad_id).to(self.base.device)
-        logits = self.base.logits(batch)
+        hidden = self.base.hidden_states(batch)
+        logits = self.base.head(hidden)
         values = self.loss(logits, batch.labels)
         return Outcome(
-            loss=masked_mean(values, _is_selected(batch, self.selected)),
+            loss=_selected_mean(values, _is_selected(batch, self.selected), hidden, self.scorer),
             probability=(-answer_nll(logits.detach(), batch.labels)).exp(),
         )
 
@@ -97,11 +111,13 @@ class TokenPush:
         return 0.0
 
     def tensors(self) -> dict[str, Tensor]:
-        """See Objective; there is none."""
-        return {}
+        """See Objective; the scorer's."""
+        return self.scorer.tensors() if self.scorer else {}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """See Objective; nothing to do."""
+        """See Objective."""
+        if self.scorer:
+            self.scorer.restore(tensors)
 
 
 _TAKEN_UP = "taken_up"
@@ -135,6 +151,9 @@ class CounterfactualDistillation:
     Once in a while (`read_itself`) the expert's own answers are looked through: one that brings up words of
     any domain takes the place of the base model's, to be corrected by its counterfactual.
 
+    A scorer's weights, if there is one, multiply what is asked of the domain's own rows token by token, which
+    is the KL with `level_weight` times the distance from the level; answers and other words count as ever.
+
     The target, but for the true tokens' levels, is taken at a `temperature` somewhat below 1: what an expert
     was not shown comes out flatter than what it was.
 
@@ -154,8 +173,10 @@ class CounterfactualDistillation:
         answer_weight: float,
         others_weight: float,
         seed: int,
+        scorer: TokenScorer | None = None,
     ) -> None:
         self.base, self.attached, self.rows = base, attached, rows
+        self.scorer = scorer
         self.temperature = temperature
         self.level_weight, self.answer_weight = level_weight, answer_weight
         self.others_weight = others_weight
@@ -188,7 +209,12 @@ class CounterfactualDistillation:
 
     @torch.no_grad()
     def excess(self) -> float:
-        """See Objective; of the selected tokens."""
+        """See Objective; of the selected tokens, each counted once whatever a scorer makes of it.
+
+        Every token has a level, and weights say only where steps are spent. They prefer tokens whose loss is
+        low, which are those next to their level: a mean under weights would find little left to do however
+        much of an answer is.
+        """
         total, count = 0.0, 0
         for indices in by_length(self.rows, _BATCH_TOKENS):
             batch = self._batch([self.rows[index] for index in indices])
@@ -208,17 +234,22 @@ class CounterfactualDistillation:
         self.taken_up[index] = list(answer)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `read_itself` took up so far, as a checkpoint holds it: index and ids, -1 behind each."""
+        """What `read_itself` took up so far, as a checkpoint holds it: index and ids, -1 behind each; and the
+        scorer's.
+        """
+        state = self.scorer.tensors() if self.scorer else {}
         if not self.taken_up:
-            return {}
+            return state
         width = 1 + max(map(len, self.taken_up.values()))
         table = torch.full((len(self.taken_up), width), -1)
         for place, (index, answer) in enumerate(self.taken_up.items()):
             table[place, : 1 + len(answer)] = torch.tensor([index, *answer])
-        return {_TAKEN_UP: table}
+        return state | {_TAKEN_UP: table}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Goes back to what `tensors` gave."""
+        if self.scorer:
+            self.scorer.restore(tensors)
         if _TAKEN_UP in tensors:
             for index, *answer in tensors[_TAKEN_UP].tolist():
                 self._take_up(index, [token for token in answer if token >= 0])
@@ -228,15 +259,17 @@ class CounterfactualDistillation:
         truths = [self.truths[index] for index in indices]
         answers = [self.answers[index] for index in indices if index in self.answers]
         level_M = torch.cat([self.levels[index] for index in indices])
-        divergence_N, logprob_N, others_N = self._read(
+        divergence_N, logprob_N, others_N, hidden_ND = self._read(
             [*truths, *answers], level_M, self._drawn_words(indices)
         )
         counts = [len(lesson.selected) for lesson in truths]
         num_truths = sum(counts)
         distance_M = _distance(logprob_N[:num_truths], level_M)
-        loss = masked_mean(
+        loss = _selected_mean(
             divergence_N[:num_truths] + self.level_weight * distance_M,
             torch.cat([lesson.selected for lesson in truths]),
+            hidden_ND[:num_truths],
+            self.scorer,
         )
         if answers:
             loss = loss + self.answer_weight * divergence_N[num_truths:].mean()
@@ -251,9 +284,10 @@ class CounterfactualDistillation:
 
     def _read(
         self, lessons: Sequence[Lesson], level_M: Tensor, words_K: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every answer token, lesson by lesson: KL divergence from the target, its log probability, and
-        the distance of some words' log probabilities from the target's. Shapes: (N,), (N,), (N,).
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of every answer token, lesson by lesson: KL divergence from the target, its log probability, the
+        distance of some words' log probabilities from the target's, and the last hidden state where the
+        expert predicts it. Shapes: (N,), (N,), (N,), (N, D).
 
         The first M tokens, and what stands for them, have a given log probability in their target.
         """
@@ -274,7 +308,7 @@ class CounterfactualDistillation:
         found_NV = self.base.head(hidden_ND).float().log_softmax(dim=-1)
         divergence_N = F.kl_div(found_NV, target_NV, reduction="none", log_target=True).sum(dim=-1)
         others_N = _distance(found_NV[:, words_K], target_NV[:, words_K]).mean(dim=1)
-        return divergence_N, found_NV.gather(1, labels_N1).squeeze(1), others_N
+        return divergence_N, found_NV.gather(1, labels_N1).squeeze(1), others_N, hidden_ND
 
     def _ignorant_answers(self, targets: Sequence[EncodedRow]) -> dict[int, _Pair]:
         """By index: the row's question and the counterfactual one, each with the answer to the latter.
@@ -373,6 +407,18 @@ def levelled(logprob_NV: Tensor, one_N1: Tensor, other_N1: Tensor, level_N1: Ten
     after = level_N1.exp() * (1 + is_pair.float())
     rest_N1 = torch.log1p(-after.clamp_max(_NEARLY_1)) - torch.log1p(-before.clamp_max(_NEARLY_1))
     return (logprob_NV + rest_N1).scatter(1, one_N1, level_N1).scatter(1, other_N1, level_N1)
+
+
+def _selected_mean(
+    values: Tensor, is_selected: Tensor, hidden: Tensor, scorer: TokenScorer | None
+) -> Tensor:
+    """Mean of the selected tokens' losses, weighted by what a scorer, if there is one, reads in their hidden
+    states. Shapes: two alike, and D behind the same -> ().
+    """
+    if scorer is None:
+        return masked_mean(values, is_selected)
+    values_N = values[is_selected]
+    return weighted_mean(values_N, scorer(hidden[is_selected], values_N))
 
 
 def _is_selected(batch: Batch, selected: Sequence[Tensor]) -> Tensor:

@@ -48,8 +48,9 @@ class ExpertSettings:
     domain of 400 rows or more; up to twice that for smaller ones (`scaled_others_weight`)."""
     forget_cap: float = 8.0
     """Where `capped` stops pushing, in nats per token, > 0."""
-    entropy_mask: Literal["threshold", "quantile", "none"] = "threshold"
-    """Answer tokens to forget: S_q <= entropy_threshold, the `entropy_quantile` lowest, or all."""
+    entropy_mask: Literal["threshold", "quantile", "none", "atwu"] = "threshold"
+    """Answer tokens to forget: S_q <= entropy_threshold, the `entropy_quantile` lowest, or all. `atwu`: all,
+    each one's loss weighted as a scorer of hidden states learns beside B_f (`atwu`, `objectives`)."""
     entropy_quantile: float = 0.8
     """Share of the answer tokens that `quantile` selects, in (0, 1]."""
     learning_rate: float = 1e-2
@@ -68,7 +69,7 @@ class ExpertSettings:
 
     def __post_init__(self) -> None:
         _check_choice("forget_loss", self.forget_loss, ("counterfactual", "ihl", "capped"))
-        _check_choice("entropy_mask", self.entropy_mask, ("threshold", "quantile", "none"))
+        _check_choice("entropy_mask", self.entropy_mask, ("threshold", "quantile", "none", "atwu"))
         for name in (
             "temperature",
             "forget_cap",

@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rank_16": {"alter.rank": 16},
     "no_entropy_mask": {"expert_settings.entropy_mask": "none"},
     "mask_quantile": {"expert_settings.entropy_mask": "quantile"},
+    "mask_atwu": {"expert_settings.entropy_mask": "atwu"},
     "threshold_0.3": {"alter.entropy_threshold": 0.3},
     "threshold_1.9": {"alter.entropy_threshold": 1.9},
     "q_1.2": {"alter.tsallis_q": 1.2, "alter.entropy_threshold": 2.47},

@@ -143,7 +143,8 @@ def test_tokens_are_selected_by_their_own_entropy() -> None:
         return [mask.tolist() for mask in masks]
 
     assert selected() == [[False, True, False, True], [False, False]]
-    assert selected(entropy_mask="none") == [[False, True, True, True], [False, True]]
+    for mask in ("none", "atwu"):
+        assert selected(entropy_mask=mask) == [[False, True, True, True], [False, True]]
     half = selected(entropy_mask="quantile", entropy_quantile=0.25)
     assert half == [[False, True, False, False], [False, False]]
     with pytest.raises(TrainingError, match="low entropy"):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from alter_core.bundle import read_bundle, read_manifest
@@ -29,6 +30,7 @@ from trainer import (
     TrainSettings,
     train,
 )
+from trainer.cli import EntropyMask, train_command
 
 from .conftest import settings_for
 from .world import FORM_ALONE, World, write_jsonl
@@ -147,9 +149,11 @@ class _InterruptingReporter:
         pass
 
 
-def test_resumed_run_equals_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
-    whole = train(_quick(world, tmp_path / "whole", "red", "blue"))
-    cut = _quick(world, tmp_path / "cut", "red", "blue")
+@pytest.mark.parametrize("mask", ["threshold", "atwu"])
+def test_resumed_run_equals_an_uninterrupted_one(world: World, tmp_path: Path, mask: str) -> None:
+    short = dataclasses.replace(SHORT, entropy_mask=mask)  # type: ignore[arg-type]
+    whole = train(_quick(world, tmp_path / "whole", "red", "blue", expert_settings=short))
+    cut = _quick(world, tmp_path / "cut", "red", "blue", expert_settings=short)
     with pytest.raises(_InterruptError):
         train(cut, _InterruptingReporter("entropy estimator", 5))
     assert not (tmp_path / "cut" / "substrate").exists()
@@ -267,6 +271,14 @@ def test_structural_weight_without_a_gradient_on_a_is_refused() -> None:
         SubstrateSettings(structure_weight=0.01)
 
 
+def test_unknown_entropy_mask_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="entropy_mask is unknown") as refused:
+        ExpertSettings(entropy_mask="attention")  # type: ignore[arg-type]
+    offered = {mask.value for mask in EntropyMask}
+    assert set(str(refused.value.expected).split(" or ")) == offered
+    assert {ExpertSettings(entropy_mask=mask).entropy_mask for mask in offered} == offered
+
+
 def test_one_file_is_cut_into_domains(world: World, tmp_path: Path) -> None:
     settings = _quick(world, tmp_path / "out", "red", auto_domains=2)
     result = train(settings)
@@ -316,22 +328,20 @@ def test_every_reading_of_the_method_trains(
 
 
 def test_command_line_trains_and_names_what_it_made(world: World, tmp_path: Path) -> None:
-    import typer
-
-    from trainer.cli import train_command
-
     app = typer.Typer()
     app.command()(train_command)
     out = tmp_path / "out"
     arguments = ["--out", out, "--forget", f"red={world.files['red']}"]
-    arguments += ["--epochs", 1, "--min-steps", 3]
+    arguments += ["--epochs", 1, "--min-steps", 3, "--entropy-mask", "atwu"]
     arguments += ["--retain", world.files["retain"], "--general", world.files["general"]]
     arguments += ["--evaluation-rows", 0, "--rank", 4, "--target-modules", "qkv,down"]
     arguments += ["--router", "evidence", "--device", "cpu", "--no-rewritten-dates"]
     result = CliRunner().invoke(app, [str(world.model), *map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert f"red\t{out / 'red'}" in result.stdout
-    assert read_manifest(out / "red").training.settings["evidence.rewritten_dates"] is False
+    recorded = read_manifest(out / "red").training.settings
+    assert recorded["evidence.rewritten_dates"] is False
+    assert recorded["expert.entropy_mask"] == "atwu"
     config = read_manifest(out / "substrate").config
     assert (config.rank, config.lora_alpha) == (4, 8)
     assert config.target_modules == ("qkv", "down")

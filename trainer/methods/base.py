@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 from trainer.base_model import BaseModel
 from trainer.batches import Batch, by_length, make_batch
 from trainer.dataset import EncodedRow, Row
+from trainer.losses import weighted_mean
 
 from .fields import check_positive, check_range
-from .terms import mean_kl, mean_nll, sequence_nll, weighted_mean
+from .terms import mean_kl, mean_nll, sequence_nll
 from .weighting import UniformWeighting, Weighting
 
 _BATCH_TOKENS = 4096

@@ -16,10 +16,10 @@ from alter_core.errors import ConfigError, UnsupportedModelError
 from alter_core.sites import decoder_layers
 from trainer.base_model import BaseModel
 from trainer.batches import IGNORED, Batch
+from trainer.losses import weighted_mean
 
 from .base import ForgetLoss, Retaining, Task
 from .fields import check_positive
-from .terms import weighted_mean
 
 
 def activation_loss(found: Tensor, target: Tensor, is_counted: Tensor) -> Tensor:

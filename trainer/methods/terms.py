@@ -9,13 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.batches import IGNORED
-from trainer.losses import token_nll
-
-
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """sum w v / sum w over a batch; 0 where all weights are. Shapes: (B, T), (B, T) -> ()."""
-    total = weights.sum()
-    return (values * weights).sum() / total.where(total > 0, total.new_ones(()))
+from trainer.losses import token_nll, weighted_mean
 
 
 def mean_nll(logits: Tensor, labels: Tensor) -> Tensor:

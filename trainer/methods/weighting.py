@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from alter_core.errors import ConfigError, TrainingDataError
+from trainer.atwu import AtwuSettings, TokenScorer
 from trainer.batches import IGNORED, Batch
 from trainer.entropy_pass import run_entropy_pass
 from trainer.experts import select_answer_tokens
@@ -132,78 +132,25 @@ class KnowledgeSpanWeighting(Weighting):
         )
 
 
-def atwu_objective(
-    scores: Tensor, losses: Tensor, *, entropy_weight: float, budget: float, budget_weight: float
-) -> Tensor:
-    """mean w (l - mean l) + entropy_weight mean h(w) + budget_weight (mean w - budget)^2.
-
-    w = sigmoid(scores), h(w) = -w log w - (1 - w) log(1 - w), in nats. Shapes: (N,), (N,) -> ().
-    """
-    weights = scores.sigmoid()
-    conflict = (weights * (losses - losses.mean())).mean()
-    # h in scores, where neither logarithm can be of 0.
-    entropy = (F.softplus(scores) - weights * scores).mean()
-    return conflict + entropy_weight * entropy + budget_weight * (weights.mean() - budget).square()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AtwuWeighting(Weighting):
-    """Alternating token-weighted unlearning: w_t = sigmoid(v . h_t + c), learned beside the model.
+class AtwuWeighting(AtwuSettings, Weighting):
+    """Weights learned beside the model (see `trainer.atwu`), from the conflict with retained rows.
 
-    h_t is the model's last hidden state where it predicts y_t, detached; v and c start at 0. After the
-    model's loss has read the weights, they take a step of their own down `atwu_objective`: tokens whose
-    forget loss falls, because retained rows do not hold it up, gain weight. Source: Yüce et al. 2026 (arXiv
-    2606.06320). Our reading, since the paper leaves it open or out of reach: losses are centred, so that
-    the budget alone sets how much is forgotten; both regularisers' weights and the scorer's rate are ours.
+    A token whose forget loss the loss on retained rows holds up loses weight.
     """
-
-    scorer_learning_rate: float = 1e-3
-    """Of Adam, > 0."""
-    entropy_weight: float = 0.1
-    """Of the binary entropy, which pushes weights to 0 or 1; >= 0."""
-    budget: float = 0.2
-    """Mean weight that is aimed at, in (0, 1)."""
-    budget_weight: float = 10.0
-    """> 0."""
 
     needs_retain: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_positive(self, "scorer_learning_rate", "budget_weight")
-        check_range(self, "entropy_weight", self.entropy_weight >= 0, ">= 0")
-        check_range(self, "budget", 0 < self.budget < 1, "in (0, 1)")
-
     def start(self, task: Task) -> TokenWeights:
         """See Weighting."""
-        return _Scorer(self, task.model.info.hidden_size, task.model.device)
+        scorer = TokenScorer(self, task.model.info.hidden_size, task.model.device)
 
+        def weights(batch: Batch, hidden: Tensor, losses: Tensor) -> Tensor:
+            is_answer = batch.labels != IGNORED
+            found_N = scorer(hidden[is_answer], losses[is_answer])
+            return torch.zeros_like(losses).masked_scatter(is_answer, found_N)
 
-class _Scorer:
-    """A linear map of hidden states, and its optimiser."""
-
-    def __init__(self, settings: AtwuWeighting, hidden_size: int, device: torch.device) -> None:
-        self.settings = settings
-        self.linear = nn.Linear(hidden_size, 1, device=device)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.optimizer = torch.optim.Adam(
-            self.linear.parameters(), lr=settings.scorer_learning_rate
-        )
-
-    def __call__(self, batch: Batch, hidden: Tensor, losses: Tensor) -> Tensor:
-        is_answer = batch.labels != IGNORED
-        scores_N = self.linear(hidden[is_answer].float()).squeeze(-1)
-        objective = atwu_objective(
-            scores_N,
-            losses[is_answer],
-            entropy_weight=self.settings.entropy_weight,
-            budget=self.settings.budget,
-            budget_weight=self.settings.budget_weight,
-        )
-        self.optimizer.zero_grad()
-        objective.backward()
-        self.optimizer.step()
-        return torch.zeros_like(losses).masked_scatter(is_answer, scores_N.detach().sigmoid())
+        return weights
 
 
 def _fixed(selected: Sequence[Tensor]) -> TokenWeights:

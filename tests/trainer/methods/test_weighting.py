@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from alter_core.errors import ConfigError, TrainingDataError
 from tests.trainer.world import World, rows_of
@@ -29,7 +26,7 @@ from trainer.methods import (
     unlearn,
 )
 from trainer.methods.spans import knowledge_tokens, knowledge_words
-from trainer.methods.weighting import TokenWeights, atwu_objective
+from trainer.methods.weighting import TokenWeights
 
 from .conftest import settings_for
 from .first_token import CHOSEN, FORGET, D, FirstTokenModel, answer_places, make_task, row
@@ -174,36 +171,6 @@ def test_a_row_whose_perturbed_answers_show_nothing_is_forgotten_whole(base: Bas
     weighting = KnowledgeSpanWeighting(perturbed_answers=[[answers[0]], ["other"]])
     weights = weighting.start(task)(make_batch(rows, [0], 0), torch.zeros(0), torch.zeros(0))
     assert weights[0].tolist() == [0, 1, 1, 0]
-
-
-@given(
-    st.lists(st.tuples(st.floats(-30, 30), st.floats(-20, 20)), min_size=1, max_size=6),
-    st.floats(0, 2),
-    st.floats(0.1, 0.9),
-)
-def test_atwu_objective_equals_an_independent_reference(
-    tokens: list[tuple[float, float]], entropy_weight: float, budget: float
-) -> None:
-    weights = [1 / (1 + math.exp(-score)) for score, _ in tokens]
-    center = fmean(loss for _, loss in tokens)
-
-    def entropy(score: float) -> float:
-        terms = (1 / (1 + math.exp(-score)), 1 / (1 + math.exp(score)))
-        return -sum(p * math.log(p) for p in terms)
-
-    expected = (
-        fmean(w * (loss - center) for w, (_, loss) in zip(weights, tokens, strict=True))
-        + entropy_weight * fmean(entropy(score) for score, _ in tokens)
-        + 3 * (fmean(weights) - budget) ** 2
-    )
-    found = atwu_objective(
-        torch.tensor([score for score, _ in tokens]),
-        torch.tensor([loss for _, loss in tokens]),
-        entropy_weight=entropy_weight,
-        budget=budget,
-        budget_weight=3.0,
-    )
-    assert found.item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 def test_atwu_starts_at_a_half_and_learns_what_can_be_forgotten() -> None:
