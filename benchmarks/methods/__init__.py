@@ -1,0 +1,1 @@
+"""ALTER beside other ways of unlearning: what each forgets, keeps and costs."""
