@@ -129,7 +129,9 @@ class EcoModel(TransformersModel):
         """Inside the block, flagged ones of these prompts are corrupted wherever a batch holds them."""
         is_flagged = self.classifier(prompts)
         noise = {
-            tuple(prompt): self._noise(prompt)
+            tuple(prompt): prompt_noise(
+                prompt, strength=self.strength, num_dims=self.num_dims, seed=self.seed
+            )
             for prompt, flagged in zip(prompts, is_flagged, strict=True)
             if flagged
         }
@@ -140,11 +142,12 @@ class EcoModel(TransformersModel):
         finally:
             handle.remove()
 
-    def _noise(self, prompt: Prompt) -> Tensor:
-        """The same for the same prompt, whatever it is asked beside. Shape: (T, K)."""
-        digest = hashlib.sha256(f"{self.seed}/{tuple(prompt)}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return self.strength * torch.randn(len(prompt), self.num_dims, generator=generator)
+
+def prompt_noise(prompt: Prompt, *, strength: float, num_dims: int = 1, seed: int = 0) -> Tensor:
+    """Normal noise, the same for the same prompt, whatever it is asked beside. Shape: (T, K), float32."""
+    digest = hashlib.sha256(f"{seed}/{tuple(prompt)}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return strength * torch.randn(len(prompt), num_dims, generator=generator)
 
 
 class _Corruption:
