@@ -175,7 +175,7 @@ def _serving(plan: Plan, found: Mapping[str, Measured]) -> dict[str, Any]:
         "retain": prompts("retain"),
         "forget": prompts("forget"),
         "eco_strength": strength or 1.0,
-        "rounds": 5,
+        "rounds": 3,
         "seed": 0,
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -217,7 +217,8 @@ def _write(
         "## What using it means\n\n" + _properties(chosen, found, serving),
         "## Published figures of the same methods\n\n" + published.table(),
     ]
-    figures, spread = {}, {}
+    figures: dict[str, float | None] = {}
+    spread: dict[str, tuple[float, float]] = {}
     for name, measured in tofu_rows.items():
         for column, suffix in _FIGURES.items():
             values = [value for f in measured if (value := f.get(column)) is not None]
@@ -232,9 +233,10 @@ def _write(
                 spread[f"{name}_rwku_{column}"] = (min(values), max(values))
     not_measured = {}
     for key in ("eco_latency_ratio", "alter_latency_ratio"):
-        figures[key] = serving.get("figures", {}).get(key)
-        if figures[key] is None:
-            not_measured[key] = "no engine was started"
+        if serving:
+            figures[key], spread[key] = serving["figures"][key], serving["spread"][key]
+        else:
+            figures[key], not_measured[key] = None, "no engine was started"
     return write_results(
         out,
         "methods",
@@ -251,7 +253,8 @@ def _write(
             "tried": {name: row.settings for name, row in found.items() if row.settings},
             "refused": dict(refused),
             "fluency by a judge": "measured" if judged else "not measured: no judge was named",
-            "serving": serving,
+            "serving": "four engines side by side; ratios are medians over rounds, of prompts to retain and "
+            "to forget alike" + (f"; started in {serving['start_s']:.0f} s" if serving else ""),
             "plot": "[trade-off](methods.png)",
             "models_s": round(prepared_s, 1),
             "methods_s": round(time.monotonic() - started - prepared_s, 1),
@@ -282,15 +285,18 @@ def _properties(
     chosen: Mapping[str, Contender], found: Mapping[str, Measured], serving: Mapping[str, Any]
 ) -> str:
     lines = [
-        "| | parameters trained | served, tokens/s over base | revocable | two compose |",
-        "|---|---|---|---|---|",
+        "| | parameters trained | served: tokens/s over base | latency over base | revocable | two compose |",
+        "|---|---|---|---|---|---|",
     ]
     rates = serving.get("figures", {})
     for name, contender in chosen.items():
-        rate = 1.0 if contender.served == "base" else rates.get(f"{contender.served}_decode_ratio")
+        cost = [
+            1.0 if contender.served == "base" else rates.get(f"{contender.served}_{key}_ratio")
+            for key in ("decode", "latency")
+        ]
         cells = (
             f"{found[name].num_parameters:,}",
-            "not measured" if rate is None else f"{rate:.2f}",
+            *("not measured" if ratio is None else f"{ratio:.2f}" for ratio in cost),
             "yes" if contender.is_revocable else "no",
             "yes" if contender.is_composable else "no",
         )

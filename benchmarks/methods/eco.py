@@ -20,7 +20,7 @@ from .tasks import Task
 from .unlearned import Opened, Unlearned
 
 _SEARCH_STEPS = 10
-_SHARE_OF_NORM = 10.0
+_SHARE_OF_NORM = 100.0
 """The search begins with noise of so many times the embeddings' standard deviation, in one dimension."""
 
 

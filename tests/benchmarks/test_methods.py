@@ -181,7 +181,7 @@ def test_the_page_shows_what_was_refused_and_says_what_was_not_measured(tmp_path
     )
     page = path.with_suffix(".md").read_text("utf-8")
     assert "no such layer" in page
-    assert "| npo | 11 | 1.00 | no | no |" in page
+    assert "| npo | 11 | 1.00 | 1.00 | no | no |" in page
     assert '"npo_model_utility_ratio": 1.0' in path.read_text("utf-8")
     assert '"alter_latency_ratio": null' in path.read_text("utf-8")
     assert (tmp_path / "methods.png").exists()
