@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", default=",".join(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=4, help="trainings of each search")
+    parser.add_argument("--trials", type=int, default=4, help="trainings of each search, at most")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     parser.add_argument("--judge-url", help="base of an OpenAI-compatible API")
     parser.add_argument("--judge-model")
@@ -248,7 +248,7 @@ def _write(
         notes={
             "rows": f"TOFU: {TofuTask.__doc__}",
             "seeds": plan.num_seeds,
-            "search": f"{plan.num_trials} trainings a method, by bisection of the learning rate, "
+            "search": f"at most {plan.num_trials} trainings a method, by bisection of the learning rate, "
             f"{EPOCHS} epochs each",
             "tried": {name: row.settings for name, row in found.items() if row.settings},
             "refused": dict(refused),

@@ -13,6 +13,7 @@ from .tasks import Task
 from .unlearned import Opened, Unlearned
 
 _BITS = 4
+_RELEARNING_STEPS = 50
 _MAX_NEW_TOKENS = 100
 
 
@@ -28,7 +29,8 @@ def recovery(unlearned: Unlearned, task: Task, seed: int) -> Figures:
         quantize(opened.base, _BITS)
         figures["int4_recovery_points"] = _recall(opened, task) - before
     with unlearned.open() as opened:
-        relearn(opened.base, encoded_files(opened.base, task.retain), seed)
+        rows = encoded_files(opened.base, task.retain)
+        relearn(opened.base, rows, seed, num_steps=_RELEARNING_STEPS)
         figures["relearning_recovery_points"] = _recall(opened, task) - before
     return figures
 

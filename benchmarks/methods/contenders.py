@@ -11,9 +11,10 @@ from trainer.methods import LoraAdapter
 
 EPOCHS = 5
 """How often every forgotten row is seen; one figure for all, ALTER's experts apart."""
-_FULL_RATE = 2e-4
+_FULL_RATE, _BOUNDED_RATE = 1e-4, 4e-4
 _ADAPTER_RATE = 3e-3
-"""Where searches begin: rates that move a model of 5 million parameters, far above those of the papers."""
+"""Where searches begin: rates that move a model of 5 million parameters, far above those of the papers.
+Losses that are bounded bear a higher one."""
 _BETA, _SIMNPO_BETA = 0.03, 0.7
 """Of NPO and DPO, and of SimNPO; the papers' 0.1 and 2.5 stop pushing at 2 nats a token, where a model that
 never learned the rows has 6."""
@@ -30,8 +31,8 @@ class Contender:
     """Whether two that were trained apart can be in force at once."""
     served: Served
     """What it is served as: another checkpoint costs what the base model costs."""
-    weights_tokens: bool = False
-    """Whether it compares token weightings, which takes TOFU's perturbed answers."""
+    is_ablation: bool = False
+    """Whether it varies another row of the table, and is measured on TOFU alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ def _adapted(method: str, adapter: LoraAdapter, **settings: Any) -> Gradient:
         method=method,
         rate=_ADAPTER_RATE,
         adapter=adapter,
+        is_ablation=method != "elm",
         settings=settings,
         is_revocable=True,
         is_composable=False,
@@ -82,13 +84,13 @@ def _adapted(method: str, adapter: LoraAdapter, **settings: Any) -> Gradient:
 
 
 def _weighted(weighting: str) -> Gradient:
-    return dataclasses.replace(_full("grad_diff"), weighting=weighting, weights_tokens=True)
+    return dataclasses.replace(_full("grad_diff"), weighting=weighting, is_ablation=True)
 
 
 def _alter(mask: Literal["threshold", "none", "atwu", "spans"]) -> Alter:
     return Alter(
         mask=mask,
-        weights_tokens=mask != "threshold",
+        is_ablation=mask != "threshold",
         is_revocable=True,
         is_composable=True,
         served="alter",
@@ -103,18 +105,16 @@ CONTENDERS: dict[str, Contender] = {
     "grad_diff": _full("grad_diff"),
     "kl_min": _full("kl_min"),
     "random_label": _full("random_label"),
-    "npo": _full("npo", beta=_BETA),
-    "npo_gd": _full("npo_gd", beta=_BETA),
-    "npo_kl": _full("npo_kl", beta=_BETA),
-    "simnpo": _full("simnpo", beta=_SIMNPO_BETA),
-    "idk_dpo": _full("idk_dpo", beta=_BETA),
-    "rmu": _full("rmu", rate=1e-3, layer=2, retain_weight=1.0, steering_coefficient=20.0),
-    "whp": _full("whp", reinforce_learning_rate=1e-3),
+    "npo": _full("npo", rate=_BOUNDED_RATE, beta=_BETA),
+    "npo_gd": _full("npo_gd", rate=_BOUNDED_RATE, beta=_BETA),
+    "npo_kl": _full("npo_kl", rate=_BOUNDED_RATE, beta=_BETA),
+    "simnpo": _full("simnpo", rate=2e-4, beta=_SIMNPO_BETA),
+    "idk_dpo": _full("idk_dpo", rate=_BOUNDED_RATE, beta=_BETA),
+    "rmu": _full("rmu", rate=4e-3, layer=2, retain_weight=1.0, steering_coefficient=20.0),
+    "whp": _full("whp", rate=_BOUNDED_RATE, reinforce_learning_rate=1e-3),
     "elm": _adapted("elm", LoraAdapter(rank=4), written_tokens=32, eta=50.0, fluency_weight=0.3),
-    "lora_grad_diff": _adapted("grad_diff", _LORA),
     "lora_npo_gd": _adapted("npo_gd", _LORA, beta=_BETA),
     "lora_ihl": _adapted("ihl", _LORA),
-    "asymlora_grad_diff": _adapted("grad_diff", _ASYMLORA),
     "asymlora_npo_gd": _adapted("npo_gd", _ASYMLORA, beta=_BETA),
     "asymlora_ihl": _adapted("ihl", _ASYMLORA),
     "eco": Eco(is_revocable=True, is_composable=True, served="eco"),

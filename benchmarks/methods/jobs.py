@@ -38,7 +38,7 @@ class Plan:
     tasks: tuple[str, ...] = (TOFU, RWKU)
     num_seeds: int = 3
     num_trials: int = 4
-    """Trainings of the search, on TOFU's task and the first seed."""
+    """Trainings of the search at most, on TOFU's task and the first seed."""
     judge_url: str | None = None
     judge_model: str | None = None
 
@@ -99,7 +99,7 @@ class _Job:
             figures = {
                 name: [self._measured(_task(self.plan, name), seed) for seed in self._seeds()]
                 for name in self.plan.tasks
-                if name == TOFU or not self.contender.weights_tokens
+                if name == TOFU or not self.contender.is_ablation
             }
         return Measured(
             figures=figures,

@@ -24,8 +24,10 @@ from trainer.settings import ExpertSettings
 
 from .tasks import Task
 
-_FACTOR = 4.0
+_FACTOR = 2.0
 """Between rates, until forgetting too little and too much are both seen."""
+_GOOD_ENOUGH = 0.15
+"""A score at which the search ends."""
 _RETAINED_STRIDE = 4
 
 
@@ -88,7 +90,8 @@ class Criterion:
 def search(
     train: Callable[[float], BaseModel], criterion: Criterion, *, start: float, num_trials: int
 ) -> list[Trial]:
-    """Trials of `train`, in order: higher while too little is forgotten, lower while too much is."""
+    """Trials of `train`, in order: higher while too little is forgotten, lower while too much is. At most
+    `num_trials`."""
     low, high, value = 0.0, math.inf, start
     trials = []
     for _ in range(num_trials):
@@ -97,6 +100,8 @@ def search(
         except TrainingError:
             trial = Trial(value=value, forget_loss=math.inf, score=math.inf)
         trials.append(trial)
+        if trial.score <= _GOOD_ENOUGH:
+            break
         if trial.forget_loss < criterion.ignorant_loss:
             low = value
         else:

@@ -70,7 +70,8 @@ class TofuTask:
 
     def figures(self, model: LanguageModel, judge: LanguageModel | None = None) -> Figures:
         """See Task."""
-        return tofu.figures(self.bench.measure(model, judge), self.bench.retrained_logs)
+        sets = self.bench.measure_sets(model, tuple(self.bench.split.measured), judge)
+        return tofu.figures(tofu.ModelLogs(sets=sets), self.bench.retrained_logs)
 
     def asked(self) -> list[tofu.TofuRow]:
         """See Task."""

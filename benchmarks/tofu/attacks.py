@@ -122,11 +122,17 @@ def quantize(base: BaseModel, bits: int) -> None:
             module.weight.data = rounded.to(module.weight)
 
 
-def relearn(base: BaseModel, rows: Sequence[EncodedRow], seed: int) -> None:
+def relearn(
+    base: BaseModel,
+    rows: Sequence[EncodedRow],
+    seed: int,
+    *,
+    num_steps: int = _RELEARNING_STEPS,
+) -> None:
     """Fine-tunes all weights of the base model on other rows, with whatever is attached."""
     base.model.requires_grad_(True)
     optimizer = torch.optim.AdamW(base.model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
-    for step in range(_RELEARNING_STEPS):
+    for step in range(num_steps):
         indices = at_step(rows, _RELEARNING_ROWS, step, seed)
         batch = make_batch(rows, indices, base.pad_id).to(base.device)
         loss: Tensor = answer_nll(base.logits(batch), batch.labels).mean()

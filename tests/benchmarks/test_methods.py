@@ -93,8 +93,8 @@ def _rates(start: float, num_trials: int, broken_above: float = math.inf) -> lis
 @pytest.mark.parametrize(
     ("start", "expected"),
     [
-        (0.1, [0.1, 0.4, 1.6, 0.8, math.sqrt(0.32)]),
-        (3.2, [3.2, 0.8, 0.2, 0.4, math.sqrt(0.32)]),
+        (0.1, [0.1, 0.2, 0.4, 0.8, math.sqrt(0.32)]),
+        (3.2, [3.2, 1.6, 0.8, 0.4, math.sqrt(0.32)]),
     ],
 )
 def test_a_search_brackets_the_wanted_loss_and_halves_the_bracket(
@@ -104,7 +104,11 @@ def test_a_search_brackets_the_wanted_loss_and_halves_the_bracket(
 
 
 def test_a_search_goes_below_rates_at_which_training_breaks_down() -> None:
-    assert _rates(0.4, 4, broken_above=1.0) == pytest.approx([0.4, 1.6, 0.8, math.sqrt(0.32)])
+    assert _rates(0.4, 3, broken_above=0.7) == pytest.approx([0.4, 0.8, math.sqrt(0.32)])
+
+
+def test_a_search_ends_where_a_trial_is_good_enough() -> None:
+    assert _rates(0.51, 4) == [0.51]
 
 
 def test_the_best_trial_is_the_one_of_the_lowest_score_and_none_if_all_broke_down() -> None:
