@@ -78,6 +78,9 @@ class Engine:
         """`name` is `base`, `lora`, or any other for an engine with that many active domains."""
         self.name = name
         self.num_domains = num_domains
+        self.traffic = Traffic(made.prose, made.names, num_domains=num_domains or 1)
+        self.expert_share: dict[str, float] = {}
+        """Share of tokens on forget experts in the last turn, by case; ours alone has any."""
         self._adapter: LoRARequest | None = None
         if name == LORA:
             self._adapter = LoRARequest("random", 1, str(made.adapter()))
@@ -116,12 +119,36 @@ class Engine:
         """Of its processes, shared pages counted in parts."""
         return sum(map(memory_bytes, self._processes))
 
-    def tokens_by_expert(self) -> tuple[int, int]:
+    def takes(self, case: Case) -> bool:
+        """vLLM's LoRA is measured on retain traffic alone: every request is on the adapter anyway."""
+        return self.name != LORA or case.kind is TrafficKind.RETAIN
+
+    def turn(self, case: Case, settings: BenchSettings, start: int) -> float:
+        """Tokens a second of one turn; `start` numbers its first prompt."""
+        before = self._tokens_by_expert()
+        if case.phase == "prefill":
+            lengths = [case.size] * case.repeats
+            rate = self._prefill_rate(self.traffic.prompts(case.kind, lengths, start=start))
+        else:
+            lengths = [settings.decode_prompt_tokens] * case.size
+            starts = range(start, start + case.repeats * case.size, case.size)
+            batches = [self.traffic.prompts(case.kind, lengths, start=first) for first in starts]
+            rate = self._decode_rate(batches, settings.decode_tokens)
+        if self.num_domains:
+            on_experts, total = (
+                b - a for a, b in zip(before, self._tokens_by_expert(), strict=True)
+            )
+            self.expert_share[case.name] = on_experts / total
+        return rate
+
+    def _tokens_by_expert(self) -> tuple[int, int]:
         """(on forget experts, all) computed so far."""
+        if not self.num_domains:
+            return 0, 0
         (counts,) = self.llm.collective_rpc("alter_routed_tokens")
         return sum(map(sum, counts[1:])), sum(map(sum, counts))
 
-    def decode_rate(self, batches: Sequence[Sequence[TokenIds]], num_tokens: int) -> float:
+    def _decode_rate(self, batches: Sequence[Sequence[TokenIds]], num_tokens: int) -> float:
         """Tokens a second, first tokens left out."""
         self._generate(batches[0], 2)
         seconds = 0.0
@@ -131,7 +158,7 @@ class Engine:
             seconds -= max(o.metrics.first_token_ts for o in outputs)
         return sum(map(len, batches)) * (num_tokens - 1) / seconds
 
-    def prefill_rate(self, prompts: Sequence[TokenIds]) -> float:
+    def _prefill_rate(self, prompts: Sequence[TokenIds]) -> float:
         """Prompt tokens a second, one prompt after another."""
         self._generate(prompts[:1], 1)
         started = time.perf_counter()
@@ -160,69 +187,38 @@ def _alter_options(substrate: Path, max_domains: int) -> dict[str, Any]:
     return {name: getattr(args, name) for name in chosen}
 
 
-def turn(
-    engine: Engine, case: Case, traffic: Traffic, settings: BenchSettings, start: int
-) -> float:
-    """Tokens a second of one turn; `start` numbers its first prompt."""
-    if case.phase == "prefill":
-        lengths = [case.size] * case.repeats
-        return engine.prefill_rate(traffic.prompts(case.kind, lengths, start=start))
-    batches = [
-        traffic.prompts(
-            case.kind,
-            [settings.decode_prompt_tokens] * case.size,
-            start=start + repeat * case.size,
-        )
-        for repeat in range(case.repeats)
-    ]
-    return engine.decode_rate(batches, settings.decode_tokens)
-
-
 def measure(
     made: Artefacts, settings: BenchSettings, *, num_domains: Sequence[int], has_lora: bool
 ) -> dict[str, Any]:
     """Rates of base, of vLLM's LoRA if asked for, and of ours with each number of active domains.
 
-    vLLM's LoRA is measured on retain traffic alone: every request of it is on the adapter anyway.
     Raises: EngineError if tokens were not routed as the traffic's kind says.
     """
     engines = [Engine(BASE, made)]
     if has_lora:
         engines.append(Engine(LORA, made))
     engines += [Engine(f"n{count}", made, count) for count in num_domains]
-    cases = cases_of(settings)
-    rates: dict[str, dict[str, list[float]]] = {
-        engine.name: {case.name: [] for case in cases} for engine in engines
-    }
-    shares: dict[str, dict[str, float]] = {e.name: {} for e in engines if e.num_domains}
+    rates: dict[str, dict[str, list[float]]] = {engine.name: {} for engine in engines}
     for number in range(settings.rounds + 1):
-        for case in cases:
-            # The engine that comes first is another one each time.
-            at = number % len(engines)
+        at = number % len(engines)  # another engine comes first each time
+        for case in cases_of(settings):
             for engine in engines[at:] + engines[:at]:
-                if engine.name == LORA and case.kind is not TrafficKind.RETAIN:
+                if not engine.takes(case):
                     continue
-                traffic = Traffic(made.prose, made.names, num_domains=engine.num_domains or 1)
-                before = engine.tokens_by_expert() if engine.num_domains else (0, 0)
                 time.sleep(_SETTLE_S)
-                rate = turn(engine, case, traffic, settings, number * _MAX_BATCH)
-                if number:
-                    rates[engine.name][case.name].append(rate)
-                if engine.num_domains:
-                    shares[engine.name][case.name] = _share(before, engine.tokens_by_expert())
+                rate = engine.turn(case, settings, start=number * _MAX_BATCH)
                 print(number, case.name, engine.name, round(rate, 1), flush=True)
+                if number > 0:
+                    rates[engine.name].setdefault(case.name, []).append(rate)
+    shares = {engine.name: engine.expert_share for engine in engines if engine.num_domains}
     _check_shares(shares)
     return {
-        "rates": {name: {c: r for c, r in found.items() if r} for name, found in rates.items()},
+        "rates": rates,
         "expert_share": shares,
         "num_domains": {engine.name: engine.num_domains for engine in engines},
         "memory_bytes": {engine.name: engine.memory_bytes() for engine in engines},
         "start_s": {engine.name: engine.start_s for engine in engines},
     }
-
-
-def _share(before: tuple[int, int], after: tuple[int, int]) -> float:
-    return (after[0] - before[0]) / (after[1] - before[1])
 
 
 def _check_shares(shares: Mapping[str, Mapping[str, float]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,10 +19,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from benchmarks.results import write_results
 
 from .artefacts import Artefacts
-from .offline import BASE, LORA, Case, Engine, cases_of, turn
+from .offline import BASE, LORA, Case, Engine, cases_of
 from .operators import Operator, read_table
 from .settings import FULL, QUICK, BenchSettings
-from .traffic import Traffic, TrafficKind
+from .traffic import TrafficKind
 
 _SHOWN_OPERATORS = 12
 _OUR_OPERATORS = ("alter::route", "alter::expert_delta")
@@ -70,26 +71,24 @@ def _profiles(
         (f"n{settings.num_domains}", settings.num_domains),
     ):
         out = folder / name
-        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
         profiler = {
             "profiler": "torch",
             "torch_profiler_dir": str(out),
             "torch_profiler_with_stack": False,
         }
         engine = Engine(name, made, num_domains, profiler_config=profiler)
-        traffic = Traffic(made.prose, made.names, num_domains=num_domains or 1)
         for case in cases_of(settings):
             if num_domains or case.kind is TrafficKind.RETAIN:
-                yield name, case.name, _profiled(engine, case, traffic, settings, out)
+                yield name, case.name, _profiled(engine, case, settings, out)
         engine.llm.llm_engine.engine_core.shutdown()
 
 
-def _profiled(
-    engine: Engine, case: Case, traffic: Traffic, settings: BenchSettings, out: Path
-) -> list[Operator]:
-    turn(engine, case, traffic, settings, start=0)
+def _profiled(engine: Engine, case: Case, settings: BenchSettings, out: Path) -> list[Operator]:
+    engine.turn(case, settings, start=0)
     engine.llm.start_profile(case.name)
-    turn(engine, case, traffic, settings, start=0)
+    engine.turn(case, settings, start=0)
     engine.llm.stop_profile()
     (table,) = out.glob(f"{case.name}_*.profiler_out.txt")
     return read_table(table.read_text("utf-8"))

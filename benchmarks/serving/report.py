@@ -63,7 +63,7 @@ def _notes(results: Mapping[str, Result], settings: BenchSettings) -> dict[str, 
     for block, result in results.items():
         if block.startswith("online"):
             shown = ("arrivals", "requests", "mean_prompt_tokens", "mean_answer_tokens")
-            notes[block] = {key: result[key] for key in shown}
+            notes[block] = {key: result[key] for key in (*shown, "share_on_experts")}
         if "expert_share" in result:
             notes[f"{block}: share of tokens on experts"] = {
                 engine: {case: round(share, 3) for case, share in shares.items()}

@@ -31,7 +31,6 @@ from .traffic import Traffic, TrafficKind
 NUM_STREAMS = 16
 PROMPT_TOKENS = 32
 ANSWER_TOKENS = 96
-_FIRST_CHANGE_AFTER_S = 3.0
 _LATE = "late"
 """Name of the domain that comes and goes."""
 
@@ -91,7 +90,8 @@ async def _under_load(
     async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
         for _ in range(NUM_STREAMS):
             group.create_task(keep_streaming(session))
-        await asyncio.sleep(_FIRST_CHANGE_AFTER_S)
+        while len(streams) < NUM_STREAMS:  # all have begun, and the server is warm
+            await asyncio.sleep(0.1)
         changes = []
         with ours.admin() as admin:
             bundle = family.experts[settings.num_domains]

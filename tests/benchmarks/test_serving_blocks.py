@@ -53,11 +53,19 @@ def test_other_settings_model_or_sources_have_results_of_their_own(
     assert path() != before
 
 
-def test_failed_process_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
-    unknown = Block(kind="no-such-kind", model="25m", measure=_never)
-    with pytest.raises(EvaluationError, match="was not measured") as raised:
-        measure_apart(unknown, BlockCache(tmp_path, QUICK), tmp_path, is_quick=True)
-    assert "KeyError" in str(raised.value.fix)
+def test_failed_process_is_reported_with_the_end_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho started with $*\necho and failed >&2\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(EvaluationError, match="scale-25m was not measured") as raised:
+        measure_apart(BLOCK, BlockCache(tmp_path, QUICK), tmp_path, is_quick=True)
+    assert raised.value.got == "exit code 3"
+    fix = str(raised.value.fix)
+    assert "-m benchmarks.serving.block scale-25m" in fix
+    assert fix.endswith("--quick\nand failed")
 
 
 def test_result_file_is_json(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def _online() -> Result:
         "mean_prompt_tokens": 250.0,
         "mean_answer_tokens": 50.0,
         "rate_per_s": 3.0,
+        "share_on_experts": 0.1,
         "rounds": {"base": [base, base], "ours": [ours, ours]},
     }
 
