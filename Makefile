@@ -23,7 +23,7 @@ format: setup ## Rewrite the sources in the house format
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-bench: setup ## Measure serving cost
+bench: setup ## Measure serving cost (goes on where it was interrupted)
 	$(BIN)/python -m benchmarks.serving
 
 bench-%-quick: setup ## A short version of a benchmark, written to build/ (bench-tofu-quick)

@@ -18,7 +18,7 @@ import httpx
 
 from alter_core.errors import EngineError
 
-_START_TIMEOUT_S = 300
+START_TIMEOUT_S = 300
 _STOP_TIMEOUT_S = 30
 _LOG_LINES_SHOWN = 25
 
@@ -36,9 +36,9 @@ class RunningServer:
     log: Path
     """Where the process writes."""
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Returns once it answers. Raises: EngineError with the end of the log if it does not."""
-        deadline = time.monotonic() + _START_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
@@ -50,7 +50,7 @@ class RunningServer:
         exit_code = self.process.poll()
         raise EngineError(
             "The server did not come up",
-            expected=f"an answer from {self.url}/health within {_START_TIMEOUT_S} s",
+            expected=f"an answer from {self.url}/health within {timeout_s} s",
             got="no answer" if exit_code is None else f"exit code {exit_code}",
             fix=f"The end of {self.log}:\n{end}",
         )
@@ -60,13 +60,23 @@ class RunningServer:
 def serve(
     model: Path, substrate: Path, log: Path, vllm_flags: Sequence[str] = ()
 ) -> Iterator[RunningServer]:
-    """Runs a server until the block ends; as the block begins it has yet to come up. Logs go to `log`."""
-    port, token = _free_port(), secrets.token_urlsafe(24)
+    """Runs `alter serve` until the block ends; as it begins, it has yet to come up. Logs go to `log`."""
     command = [
         *(sys.executable, "-m", "alter_cli.main", "serve", str(model)),
         *("--alter-substrate", str(substrate)),
-        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"),
         *vllm_flags,
+    ]
+    with run_server(command, log) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def run_server(command: Sequence[str], log: Path) -> Iterator[RunningServer]:
+    """The same with any command that starts a server and takes vLLM's flags."""
+    port, token = _free_port(), secrets.token_urlsafe(24)
+    command = [
+        *command,
+        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"),
     ]
     environment = os.environ | {"ALTER_ADMIN_TOKEN": token, "HF_HUB_OFFLINE": "1"}
     environment.pop("OMP_WAIT_POLICY", None)  # set for training; a server's threads should spin

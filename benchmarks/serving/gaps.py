@@ -1,0 +1,63 @@
+"""Where a change lies in streams of tokens, and how long it held them up.
+
+A change shows as the longest time between two tokens of a stream that it lies in. What a plain step takes,
+the median over all gaps, is taken off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+
+from alter_core.errors import EngineError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+    """One activation or revocation, by the client's clock, seconds."""
+
+    is_activation: bool
+    started: float
+    ended: float
+    pause_s: float
+    """For how long the engine says that it generated nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One request's tokens, by the client's clock, seconds."""
+
+    prompt_tokens: int
+    first_token: float
+    gaps: Sequence[float]
+    """From each token to the next."""
+
+    @functools.cached_property
+    def arrivals(self) -> list[float]:
+        """When each token came."""
+        return list(itertools.accumulate(self.gaps, initial=self.first_token))
+
+    def gaps_across(self, change: Change) -> Iterable[float]:
+        """Those that the change lies in, wholly or in part."""
+        for gap, (earlier, later) in zip(self.gaps, itertools.pairwise(self.arrivals), strict=True):
+            if later >= change.started and earlier <= change.ended:
+                yield gap
+
+    def tokens_at(self, moment: float) -> int:
+        """Tokens, prompt included, of a stream that runs at that moment; 0 for one that does not."""
+        if not self.arrivals[0] <= moment < self.arrivals[-1]:
+            return 0
+        return self.prompt_tokens + sum(arrival <= moment for arrival in self.arrivals)
+
+
+def gap_beyond_step_s(streams: Sequence[Stream], change: Change, step_s: float) -> float:
+    """Longest gap that a change lies in, beyond a plain step.
+
+    Raises: EngineError if no stream ran across it.
+    """
+    gaps = [gap for stream in streams for gap in stream.gaps_across(change)]
+    if not gaps:
+        raise EngineError("No stream ran while a domain was switched", got="no gap to measure")
+    return max(gaps) - step_s

@@ -1,0 +1,234 @@
+"""Decode and prefill throughput of several engines that take turns in one process: the offline blocks.
+
+A turn decodes a few batches, or computes a few prompts. Decoding is timed by the engine's own clock, from
+the step that gave every request its first token to the last token; a prompt is timed as a whole, with its one
+token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.lora.request import LoRARequest
+
+from alter_core import Substrate, read_manifest
+from alter_core.errors import EngineError
+from server.launch import configure
+from server.settings import ServeSettings
+
+from .artefacts import Artefacts
+from .names import TokenIds
+from .processes import descendants, memory_bytes
+from .settings import RANK, BenchSettings
+from .traffic import Traffic, TrafficKind
+
+BASE, LORA = "base", "lora"
+MAX_MODEL_LEN = 2304
+_MAX_BATCH = 64
+_SETTLE_S = 0.2
+"""Between turns: threads of the engine before spin for a while."""
+_MIN_FORGET_SHARE = 0.75
+"""Least share of tokens on an expert in forget traffic: all but a prompt's first, up to a name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kind of turn."""
+
+    phase: str
+    """`decode` or `prefill`."""
+    size: int
+    """Requests of a batch, or tokens of a prompt."""
+    kind: TrafficKind
+    repeats: int
+
+    @property
+    def name(self) -> str:
+        """In results, e.g. `decode_b16_retain`, `prefill_512_forget`."""
+        return f"{self.phase}_{'b' if self.phase == 'decode' else ''}{self.size}_{self.kind}"
+
+
+def cases_of(settings: BenchSettings) -> list[Case]:
+    """Every batch size and prompt length, by kind of traffic. One request alone is never mixed."""
+    decode = [
+        Case(phase="decode", size=batch, kind=kind, repeats=repeats)
+        for batch, repeats in settings.decode_repeats.items()
+        for kind in TrafficKind
+        if not (kind is TrafficKind.MIXED and batch == 1)
+    ]
+    prefill = [
+        Case(phase="prefill", size=length, kind=kind, repeats=repeats)
+        for length, repeats in settings.prefill_repeats.items()
+        for kind in (TrafficKind.RETAIN, TrafficKind.FORGET)
+    ]
+    return decode + prefill
+
+
+class Engine:
+    """A vLLM engine. Its worker is a process of its own."""
+
+    def __init__(self, name: str, made: Artefacts, num_domains: int = 0, **options: Any) -> None:
+        """`name` is `base`, `lora`, or any other for an engine with that many active domains."""
+        self.name = name
+        self.num_domains = num_domains
+        self.traffic = Traffic(made.prose, made.names, num_domains=num_domains or 1)
+        self.expert_share: dict[str, float] = {}
+        """Share of tokens on forget experts in the last turn, by case; ours alone has any."""
+        self._adapter: LoRARequest | None = None
+        if name == LORA:
+            self._adapter = LoRARequest("random", 1, str(made.adapter()))
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK}
+        elif num_domains:
+            family = made.family(num_domains)
+            options |= _alter_options(family.substrate, num_domains)
+        before, started = set(descendants(os.getpid())), time.monotonic()
+        self.llm = LLM(
+            model=str(made.model),
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=_MAX_BATCH,
+            enable_prefix_caching=False,
+            disable_log_stats=False,
+            **options,
+        )
+        self.start_s = time.monotonic() - started
+        self._processes = set(descendants(os.getpid())) - before
+        if num_domains:
+            self._activate(family.experts)
+
+    def _activate(self, bundles: Sequence[Path]) -> None:
+        for slot, bundle in enumerate(bundles):
+            digest = read_manifest(bundle).digest
+            self.llm.collective_rpc("alter_stage", args=(str(bundle), digest))
+            self.llm.collective_rpc("alter_commit", args=(slot + 1, slot, digest))
+        (state,) = self.llm.collective_rpc("alter_state")
+        if None in state["digests"]:
+            raise EngineError(
+                "Not every domain is active",
+                expected=str(len(bundles)),
+                got=str(len(bundles) - state["digests"].count(None)),
+            )
+
+    def memory_bytes(self) -> int:
+        """Of its processes, shared pages counted in parts."""
+        return sum(map(memory_bytes, self._processes))
+
+    def takes(self, case: Case) -> bool:
+        """vLLM's LoRA is measured on retain traffic alone: every request is on the adapter anyway."""
+        return self.name != LORA or case.kind is TrafficKind.RETAIN
+
+    def turn(self, case: Case, settings: BenchSettings, start: int) -> float:
+        """Tokens a second of one turn; `start` numbers its first prompt."""
+        before = self._tokens_by_expert()
+        if case.phase == "prefill":
+            lengths = [case.size] * case.repeats
+            rate = self._prefill_rate(self.traffic.prompts(case.kind, lengths, start=start))
+        else:
+            lengths = [settings.decode_prompt_tokens] * case.size
+            starts = range(start, start + case.repeats * case.size, case.size)
+            batches = [self.traffic.prompts(case.kind, lengths, start=first) for first in starts]
+            rate = self._decode_rate(batches, settings.decode_tokens)
+        if self.num_domains:
+            on_experts, total = (
+                b - a for a, b in zip(before, self._tokens_by_expert(), strict=True)
+            )
+            self.expert_share[case.name] = on_experts / total
+        return rate
+
+    def _tokens_by_expert(self) -> tuple[int, int]:
+        """(on forget experts, all) computed so far."""
+        if not self.num_domains:
+            return 0, 0
+        (counts,) = self.llm.collective_rpc("alter_routed_tokens")
+        return sum(map(sum, counts[1:])), sum(map(sum, counts))
+
+    def _decode_rate(self, batches: Sequence[Sequence[TokenIds]], num_tokens: int) -> float:
+        """Tokens a second, first tokens left out."""
+        self._generate(batches[0], 2)
+        seconds = 0.0
+        for batch in batches:
+            outputs = self._generate(batch, num_tokens)
+            seconds += max(o.metrics.last_token_ts for o in outputs)
+            seconds -= max(o.metrics.first_token_ts for o in outputs)
+        return sum(map(len, batches)) * (num_tokens - 1) / seconds
+
+    def _prefill_rate(self, prompts: Sequence[TokenIds]) -> float:
+        """Prompt tokens a second, one prompt after another."""
+        self._generate(prompts[:1], 1)
+        started = time.perf_counter()
+        for prompt in prompts:
+            self._generate([prompt], 1)
+        return sum(map(len, prompts)) / (time.perf_counter() - started)
+
+    def _generate(self, prompts: Sequence[TokenIds], num_tokens: int) -> list[Any]:
+        params = SamplingParams(
+            temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False
+        )
+        return self.llm.generate(
+            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
+            params,
+            lora_request=self._adapter,
+            use_tqdm=False,
+        )
+
+
+def _alter_options(substrate: Path, max_domains: int) -> dict[str, Any]:
+    """The engine arguments that `alter serve` would set."""
+    args = Namespace(additional_config=None)
+    settings = ServeSettings(substrate=substrate, max_domains=max_domains)
+    configure(args, settings, Substrate.read(substrate))
+    chosen = ("worker_cls", "additional_config", "async_scheduling")
+    return {name: getattr(args, name) for name in chosen}
+
+
+def measure(
+    made: Artefacts, settings: BenchSettings, *, num_domains: Sequence[int], has_lora: bool
+) -> dict[str, Any]:
+    """Rates of base, of vLLM's LoRA if asked for, and of ours with each number of active domains.
+
+    Raises: EngineError if tokens were not routed as the traffic's kind says.
+    """
+    engines = [Engine(BASE, made)]
+    if has_lora:
+        engines.append(Engine(LORA, made))
+    engines += [Engine(f"n{count}", made, count) for count in num_domains]
+    rates: dict[str, dict[str, list[float]]] = {engine.name: {} for engine in engines}
+    for number in range(settings.rounds + 1):
+        at = number % len(engines)  # another engine comes first each time
+        for case in cases_of(settings):
+            for engine in engines[at:] + engines[:at]:
+                if not engine.takes(case):
+                    continue
+                time.sleep(_SETTLE_S)
+                rate = engine.turn(case, settings, start=number * _MAX_BATCH)
+                print(number, case.name, engine.name, round(rate, 1), flush=True)
+                if number > 0:
+                    rates[engine.name].setdefault(case.name, []).append(rate)
+    shares = {engine.name: engine.expert_share for engine in engines if engine.num_domains}
+    _check_shares(shares)
+    return {
+        "rates": rates,
+        "expert_share": shares,
+        "num_domains": {engine.name: engine.num_domains for engine in engines},
+        "memory_bytes": {engine.name: engine.memory_bytes() for engine in engines},
+        "start_s": {engine.name: engine.start_s for engine in engines},
+    }
+
+
+def _check_shares(shares: Mapping[str, Mapping[str, float]]) -> None:
+    for engine, by_case in shares.items():
+        for case, share in by_case.items():
+            is_forget = case.endswith(TrafficKind.FORGET)
+            is_retain = case.endswith(TrafficKind.RETAIN)
+            if (is_retain and share > 0) or (is_forget and share < _MIN_FORGET_SHARE):
+                raise EngineError(
+                    f"{engine} did not route {case} as that traffic is to be routed",
+                    expected="no token" if is_retain else f"{_MIN_FORGET_SHARE:.0%} of tokens",
+                    got=f"{share:.1%} of tokens on experts",
+                )

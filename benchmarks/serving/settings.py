@@ -1,0 +1,79 @@
+"""Sizes of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+RANK = 8
+"""Of the experts, and of the adapter that vLLM serves beside them."""
+LORA_ALPHA = 16.0
+FORGET_EVERY = 10
+"""In mixed traffic every tenth request is of a forget domain."""
+
+GOODPUT_MS: Mapping[str, float] = MappingProxyType({"ttft": 1000.0, "tpot": 100.0})
+"""A request counts towards goodput if its first token and its mean later ones come within these."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What is measured, and how often."""
+
+    models: tuple[str, ...] = ("25m", "150m")
+    """Names of `models.SHAPES`; the figures are the last one's."""
+    rounds: int = 5
+    """Rounds that count, of offline measurements. One more before them is thrown away."""
+    num_domains: int = 8
+    """Active domains where their number is not what is looked at."""
+    few_domains: int = 1
+    many_domains: int = 256
+    """Compared with each other, and with base."""
+    other_domains: tuple[int, ...] = (64,)
+    """Compared with base only."""
+    decode_repeats: Mapping[int, int] = dataclasses.field(
+        default_factory=lambda: MappingProxyType({1: 4, 16: 3, 64: 2})
+    )
+    """By batch size: how often a batch is decoded in a turn."""
+    decode_prompt_tokens: int = 24
+    decode_tokens: int = 48
+    """A prompt's evidence is in view for as long: the window is 64 tokens."""
+    prefill_repeats: Mapping[int, int] = dataclasses.field(
+        default_factory=lambda: MappingProxyType({512: 4, 2048: 2})
+    )
+    """By prompt length, in tokens: how many prompts are computed in a turn, one after another."""
+    online_rounds: int = 3
+    """Replays that count, of each server. One more before them is thrown away."""
+    online_requests: int = 120
+    """Requests of a replay."""
+    online_load: float = 0.5
+    """Mean request rate, as a share of what base answers when all requests come at once."""
+    switches: int = 20
+    """Changes under load, activations and revocations in turn."""
+    switch_pause_s: float = 1.5
+    """Between two of them."""
+    startup_rounds: int = 3
+    """Starts of each server."""
+    seed: int = 0
+
+    @property
+    def headline_model(self) -> str:
+        """The model that the figures are of."""
+        return self.models[-1]
+
+
+FULL = BenchSettings()
+QUICK = BenchSettings(
+    models=("25m",),
+    rounds=1,
+    num_domains=2,
+    many_domains=4,
+    other_domains=(),
+    decode_repeats=MappingProxyType({1: 1, 16: 1}),
+    decode_tokens=16,
+    prefill_repeats=MappingProxyType({512: 1}),
+    online_rounds=1,
+    online_requests=12,
+    switches=4,
+    startup_rounds=1,
+)
