@@ -24,7 +24,10 @@ import torch
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer  # type: ignore[import-untyped]
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
-from sklearn.model_selection import cross_val_predict  # type: ignore[import-untyped]
+from sklearn.model_selection import (  # type: ignore[import-untyped]
+    StratifiedKFold,
+    cross_val_predict,
+)
 from sklearn.pipeline import Pipeline, make_pipeline  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
@@ -71,8 +74,10 @@ class PromptClassifier:
             )
         prompts = [*forget, *retain]
         is_forgotten = np.repeat([True, False], [len(forget), len(retain)])
+        # Prompts come sorted by where they are from: a fold must not hold all of one kind.
+        folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=0)
         unseen = cross_val_predict(
-            _pipeline(), prompts, is_forgotten, cv=_FOLDS, method="decision_function"
+            _pipeline(), prompts, is_forgotten, cv=folds, method="decision_function"
         )
         self.threshold = float(
             np.quantile(unseen[~is_forgotten], 1 - false_alarms, method="higher")

@@ -258,6 +258,7 @@ def _write(
             "plot": "[trade-off](methods.png)",
             "models_s": round(prepared_s, 1),
             "methods_s": round(time.monotonic() - started - prepared_s, 1),
+            "of an earlier call, by the same code": [n for n, row in found.items() if row.is_kept],
             "train_s": "wall-clock seconds on one thread, two processes at a time",
         },
         table="\n\n".join(parts),

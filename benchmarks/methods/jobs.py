@@ -21,7 +21,7 @@ from benchmarks.tofu.reference import CACHE
 from trainer.checkpoint import write_atomically
 
 from . import alter, attacks, eco, gradient
-from .contenders import Alter, Contender, Gradient
+from .contenders import Alter, Contender, Eco, Gradient
 from .search import Criterion, best
 from .tasks import RwkuTask, Task, TofuTask, reference_figures
 from .unlearned import Unlearned
@@ -54,6 +54,8 @@ class Measured:
     num_parameters: int
     refused: str | None = None
     """Why there are no figures, or fewer."""
+    is_kept: bool = False
+    """Whether an earlier call measured it, by the same code."""
 
 
 def prepare(plan: Plan, task: str) -> dict[str, Figures]:
@@ -65,16 +67,10 @@ def prepare(plan: Plan, task: str) -> dict[str, Figures]:
 def measure(plan: Plan, name: str, contender: Contender) -> Measured:
     """Searches, trains and measures a contender; what this code measured before is found again."""
     torch.set_num_threads(1)
-    packages = ("trainer", "alter_core", "alter_eval")
-    code = [sources(package_folder(package)) for package in packages]
-    code += [
-        hashlib.sha256((Path(__file__).parent / f"{module}.py").read_bytes()).hexdigest()
-        for module in ("alter", "attacks", "contenders", "eco", "gradient", "search", "tasks")
-    ]
-    key = json.dumps([str(plan), name, code])
+    key = json.dumps([str(plan), name, repr(contender), _code(contender)])
     kept = CACHE / f"method-{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
     if kept.exists():
-        return Measured(**json.loads(kept.read_bytes()))
+        return Measured(**json.loads(kept.read_bytes()) | {"is_kept": True})
     try:
         found = _Job(plan, contender).run()
     except AlterError as error:
@@ -82,6 +78,21 @@ def measure(plan: Plan, name: str, contender: Contender) -> Measured:
     if found.refused is None:
         write_atomically(kept, json.dumps(dataclasses.asdict(found), indent=1).encode())
     return found
+
+
+def _code(contender: Contender) -> list[str]:
+    """The sources that a contender's figures follow from."""
+    own = {Alter: "alter", Eco: "eco"}.get(type(contender))
+    evaluation, here = (
+        "fluency,judge,metrics,models,prompts,rwku,tofu",
+        "attacks,gradient,search,tasks",
+    )
+    return [
+        sources(package_folder("trainer")),
+        sources(package_folder("alter_core")),
+        sources(package_folder("alter_eval"), f"{evaluation},eco" if own == "eco" else evaluation),
+        sources(Path(__file__).parent, f"{here},{own}" if own else here),
+    ]
 
 
 class _Job:

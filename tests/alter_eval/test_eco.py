@@ -101,6 +101,16 @@ def test_the_classifier_tells_the_domain_from_what_is_kept(
     assert classifier([]).shape == (0,)
 
 
+def test_kept_prompts_that_come_sorted_by_their_wording_do_not_hide_the_domain() -> None:
+    wording, other_wording = (1, 2, 3, 4), (5, 6, 7, 8)
+    forget = [(*wording, 100 + n % 2, 200 + n) for n in range(20)]
+    alike = [(*wording, 110 + n % 4, 300 + n) for n in range(20)]
+    unlike = [(*other_wording, 400 + n) for n in range(80)]
+    classifier = PromptClassifier(forget, alike + unlike, false_alarms=0.0)
+    assert classifier(forget).all()
+    assert not classifier([*alike, *unlike]).any()
+
+
 @pytest.mark.parametrize("num_forget", [0, 4])
 def test_too_few_prompts_are_refused(num_forget: int) -> None:
     prompts = [(number, number + 1) for number in range(20)]
