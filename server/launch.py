@@ -39,6 +39,7 @@ _FILTERED_GROUPS = (
     "vllm.stat_logger_plugins",
 )
 """Groups that VLLM_PLUGINS filters, and that load everything while it is unset."""
+_SOURCES = (".py", ".cpp", ".h")
 _OTHER_WEIGHT_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
 
 
@@ -329,7 +330,7 @@ def installation_fingerprint(substrate: Substrate, max_domains: int) -> str:
     digest = hashlib.sha256(f"{substrate.digest}\n{max_domains}\n".encode())
     for package in ("alter_core", "server.engine"):
         for folder in _package_folders(package):
-            for file in sorted(folder.rglob("*.py")):
+            for file in sorted(p for p in folder.rglob("*") if p.suffix in _SOURCES):
                 digest.update(f"{package}/{file.relative_to(folder)}\n".encode())
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -65,6 +65,21 @@ class EvidenceBank:
         """The head of an expert, if it has one."""
         return self._heads.get(expert)
 
+    def prepare(self, head: EvidenceHead) -> None:
+        """Does ahead what `set_head` would have to do for this head. Safe beside running steps."""
+
+    def fires(self, token_ids: NDArray[np.int32]) -> bool:
+        """True if the evidence of any active domain is positive anywhere. Shapes: (M,) -> ()."""
+        return bool((self._text_scores(token_ids) > 0).any())
+
+    def _text_scores(self, token_ids: NDArray[np.int32]) -> Tensor:
+        """Evidence of every token of one text. Shapes: (M,) -> (M, N)."""
+        if not self._heads:
+            return torch.empty(len(token_ids), 0, device=self._device)
+        num_tokens = len(token_ids)
+        rows, positions = np.zeros(num_tokens, dtype=np.int64), np.arange(num_tokens)
+        return self._score(token_ids[None], rows, positions)
+
     def _restack(self) -> None:
         order = sorted(self._heads)
         self.experts = torch.tensor(order, dtype=torch.long, device=self._device)

@@ -6,6 +6,7 @@ Legend: T tokens, D hidden, E experts (0 retain, 1..S slots, S + 1 canary).
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from alter_core.evidence import NO_EVIDENCE
 from alter_core.router import expert_weights
 from alter_core.substrate import Substrate
 
+from . import plan
 from .evidence_bank import EvidenceBank, StepTokens
 
 _CANARY_LOGIT = 1e3
@@ -29,10 +31,6 @@ class RouteRecord:
     entropy: Tensor
 
 
-PlanEntry = tuple[int, Tensor | None, Tensor]
-"""(expert, its tokens or None for all of them, their scaled weights as a column)."""
-
-
 class Gate:
     """Computes which experts apply to each token of a step. State lives in preallocated buffers."""
 
@@ -44,43 +42,91 @@ class Gate:
         num_experts: int,
         max_tokens: int,
         device: torch.device,
+        is_native: bool,
     ) -> None:
+        """`is_native`: the compiled kernels are there and the device is a CPU."""
         self.config = substrate.config
         self.scaling = substrate.config.scaling
         self.bank = bank
         self.num_experts = num_experts
         self.is_canary_planted = False
-        self.plan: list[PlanEntry] = []
         self.records: list[RouteRecord] | None = None
         """Set to a list to record every step. Eager and CPU only: a replayed CUDA graph records nothing."""
         self._step: StepTokens | None = None
-        self._estimator = substrate.estimator.to(device)
+        self._estimator = substrate.estimator.to(device).requires_grad_(False)
         self._has_retain_expert = bool(substrate.retain_lora_b)
+        self._is_native = is_native
+        self._device = device
+        self._canary = torch.tensor([num_experts - 1], device=device)
+        self._experts = self._canary
+        self._step_logits = torch.empty(0, 0, device=device)
+        """(tokens of the step, N): router logits of the experts in `_experts`."""
         self._logits = torch.full((max_tokens, num_experts - 1), NO_EVIDENCE, device=device)
         self._is_token = torch.zeros(max_tokens, dtype=torch.bool, device=device)
         self._counts = torch.zeros(num_experts, 2, dtype=torch.long, device=device)
 
     def prepare(self, step: StepTokens | None, num_padded: int) -> None:
-        """Fills the router logits of the coming forward pass. None: a step without requests."""
-        self._logits[:num_padded].fill_(NO_EVIDENCE)
-        self._is_token[:num_padded].fill_(False)
+        """Takes the router logits of the coming forward pass. None: a step without requests."""
         self._step = step
-        if step is None:
-            return
-        num_tokens = int(step.counts.sum())
+        num_tokens = 0 if step is None else int(step.counts.sum())
+        if step is None or self.is_canary_planted:
+            self._experts = self._canary
+            self._step_logits = torch.full((num_tokens, 1), _CANARY_LOGIT, device=self._device)
+        else:
+            self._experts = self.bank.experts
+            self._step_logits = self.bank.step_logits(step)
+        if not self._is_native:
+            self._fill_buffers(num_tokens, num_padded)
+
+    def _fill_buffers(self, num_tokens: int, num_padded: int) -> None:
+        self._logits[:num_padded].fill_(NO_EVIDENCE)
+        self._logits[:num_tokens].index_copy_(1, self._experts - 1, self._step_logits)
+        self._is_token[:num_padded].fill_(False)
         self._is_token[:num_tokens].fill_(True)
-        if self.is_canary_planted:
-            self._logits[:num_tokens, -1] = _CANARY_LOGIT
-        elif len(self.bank.experts):
-            self._logits[:num_tokens].index_copy_(
-                1, self.bank.experts - 1, self.bank.step_logits(step)
-            )
 
-    def route(self, hidden_states: Tensor) -> Tensor:
-        """Expert weights from the residual stream at the tap layer, Eq. 7 and 9; counts tokens.
+    def route(self, hidden_states: Tensor, residual: Tensor | None) -> Tensor:
+        """Routes from the residual stream at the tap layer, Eq. 7 and 9; counts tokens.
 
-        Shapes: (T, D) -> (T, E) float32.
+        Shapes: (T, D), residual (T, D) -> a plan (`plan.py`) on a CPU, else weights (T, E) float32.
         """
+        if not self._is_native:
+            entropy, weights = self._route(_sum(hidden_states, residual))
+            self._record(weights, entropy)
+            is_cpu = hidden_states.device.type == "cpu"
+            return plan.pack(weights, self.config.top_k) if is_cpu else weights
+        fc1, fc2 = self._estimator.fc1, self._estimator.fc2
+        routes: Tensor = torch.ops.alter_cpu.route(
+            hidden_states,
+            residual,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            self._estimator_bias,
+            self.config.entropy_threshold,
+            self._step_logits,
+            self._experts,
+            self._counts,
+            self.config.temperature_high,
+            self.config.top_k,
+            self._has_retain_expert,
+        )
+        if self.records is not None:
+            weights = plan.dense(
+                routes, num_tokens=len(hidden_states), num_experts=self.num_experts
+            )
+            self._record(weights, self._estimator(_sum(hidden_states, residual)))
+        return routes
+
+    def _record(self, weights: Tensor, entropy: Tensor) -> None:
+        if self.records is not None and self._step is not None:
+            self.records.append(RouteRecord(step=self._step, weights=weights, entropy=entropy))
+
+    @functools.cached_property
+    def _estimator_bias(self) -> float:
+        return self._estimator.fc2.bias.item()
+
+    def _route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Entropy and weights of all experts, in torch. Shapes: (T, D) -> (T,), (T, E)."""
         num_tokens = hidden_states.shape[0]
         entropy = self._estimator(hidden_states)
         is_high = entropy > self.config.entropy_threshold
@@ -93,22 +139,7 @@ class Gate:
         self._counts[:, 1] += (is_routed & ~is_high[:, None]).sum(dim=0)
         if not self._has_retain_expert:
             weights[:, 0] = 0
-        weights = weights * is_token
-        if self.records is not None and self._step is not None:
-            self.records.append(RouteRecord(step=self._step, weights=weights, entropy=entropy))
-        if hidden_states.device.type == "cpu":
-            self.plan = self._group(weights)
-        return weights
-
-    def _group(self, weights: Tensor) -> list[PlanEntry]:
-        """Host plan for the CPU operator: each expert in use, with its tokens."""
-        plan: list[PlanEntry] = []
-        for expert in weights.any(dim=0).nonzero().flatten().tolist():
-            column = weights[:, expert]
-            tokens = column.nonzero().flatten()
-            scale = column[tokens].unsqueeze(-1) * self.scaling
-            plan.append((expert, None if len(tokens) == len(column) else tokens, scale))
-        return plan
+        return entropy, weights * is_token
 
     def routed_tokens(self) -> list[list[int]]:
         """[high, low] token counts by expert index."""
@@ -117,3 +148,8 @@ class Gate:
     def reset_counts(self, expert: int) -> None:
         """Starts an expert's counts again, for a new occupant of its slot."""
         self._counts[expert].zero_()
+
+
+def _sum(hidden_states: Tensor, residual: Tensor | None) -> Tensor:
+    """The residual stream at a layer's input."""
+    return hidden_states if residual is None else hidden_states + residual

@@ -17,15 +17,16 @@ from alter_core.errors import UnsupportedModelError
 from alter_core.sites import check_architecture, decoder_layers, iter_sites
 from alter_core.substrate import Substrate
 
-from . import ops
+from . import native, ops
 from .base import check_servable
 from .evidence_bank import EvidenceBank
+from .evidence_tables import TableEvidenceBank
 from .gate import Gate
 from .slots import ExpertSlots
 
 
-class TracedWeights:
-    """Hands the expert weights from the tap layer to the linears behind it, within one forward pass."""
+class TracedRoutes:
+    """Hands the step's routes from the tap layer to the linears behind it, within one forward pass."""
 
     value: Tensor | None = None
 
@@ -33,10 +34,10 @@ class TracedWeights:
 class ExpertLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """A linear's own method, followed by the experts' delta."""
 
-    def __init__(self, base: LinearMethodBase, site_name: str, weights: TracedWeights) -> None:
+    def __init__(self, base: LinearMethodBase, site_name: str, routes: TracedRoutes) -> None:
         self.base = base
         self.site_name = site_name
-        self.weights = weights
+        self.routes = routes
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
         """Delegates to the wrapped method."""
@@ -49,8 +50,8 @@ class ExpertLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """W0 x + sum_e w_e B_e A x."""
         y: Tensor = self.base.apply(layer, x, bias)
-        assert self.weights.value is not None, "the tap layer has not run"
-        torch.ops.alter.expert_delta(y, x, self.weights.value, self.site_name)
+        assert self.routes.value is not None, "the tap layer has not run"
+        torch.ops.alter.expert_delta(y, x, self.routes.value, self.site_name)
         return y
 
 
@@ -61,6 +62,7 @@ def install(
     architecture: str,
     max_domains: int,
     max_tokens: int,
+    vocab_size: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Gate, ExpertSlots]:
@@ -72,22 +74,39 @@ def install(
     check_architecture(architecture)
     check_servable(substrate.config)
     slots = ExpertSlots(max_domains=max_domains)
-    weights = TracedWeights()
+    routes = TracedRoutes()
     for layer, kind, linears in iter_sites(model, substrate.config):
         (linear,) = linears
         name = f"layers.{layer}.{kind}"
         _check_size(name, linear, substrate)
         slots.add_site(name, linear, substrate.lora_a[name], device, dtype)
-        linear.quant_method = ExpertLinearMethod(linear.quant_method, name, weights)
+        linear.quant_method = ExpertLinearMethod(linear.quant_method, name, routes)
         linear.requires_unquantized_input = True  # type: ignore[assignment]
     if substrate.retain_lora_b:
         slots.write(0, slots.shard_expert(substrate.retain_lora_b))
-    bank = EvidenceBank(substrate.config, _normalised_embedding(model, substrate), device)
+    embed = _normalised_embedding(model, substrate)
+    is_native = device.type == "cpu" and native.load()
+    bank = (
+        TableEvidenceBank(
+            substrate.config,
+            embed,
+            vocab_size=vocab_size,
+            max_domains=max_domains,
+            max_tokens=max_tokens,
+        )
+        if is_native
+        else EvidenceBank(substrate.config, embed, device)
+    )
     gate = Gate(
-        substrate, bank, num_experts=slots.num_experts, max_tokens=max_tokens, device=device
+        substrate,
+        bank,
+        num_experts=slots.num_experts,
+        max_tokens=max_tokens,
+        device=device,
+        is_native=is_native,
     )
     ops.bind(gate, slots.sites)
-    _wrap_tap_layer(decoder_layers(model)[substrate.config.tap_layer], weights)
+    _wrap_tap_layer(decoder_layers(model)[substrate.config.tap_layer], routes)
     return gate, slots
 
 
@@ -109,7 +128,7 @@ def _normalised_embedding(model: nn.Module, substrate: Substrate) -> Any:
     return embed
 
 
-def _wrap_tap_layer(layer: nn.Module, weights: TracedWeights) -> None:
+def _wrap_tap_layer(layer: nn.Module, routes: TracedRoutes) -> None:
     forward = layer.forward
 
     def routed_forward(
@@ -120,7 +139,7 @@ def _wrap_tap_layer(layer: nn.Module, weights: TracedWeights) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        weights.value = torch.ops.alter.route(hidden_states, residual)
+        routes.value = torch.ops.alter.route(hidden_states, residual)
         return forward(positions, hidden_states, residual, *args, **kwargs)
 
     layer.forward = types.MethodType(routed_forward, layer)

@@ -1,19 +1,25 @@
 """The two custom operators that carry Eq. 9 through vLLM's compiled graphs.
 
-`alter::route` runs once per step at the tap layer and returns the expert weights of every token;
-`alter::expert_delta` runs in every adapted linear and adds the experts' delta in place. Both look their
-state up by name, as vLLM's attention does, so that graphs hold no reference to it; shapes are fixed, and
-on an accelerator nothing synchronises with the host.
+`alter::route` runs once per step at the tap layer and returns the step's routes; `alter::expert_delta` runs
+in every adapted linear and adds the experts' delta in place. Both look their state up by name, as vLLM's
+attention does, so that graphs hold no reference to it; shapes are fixed, and on an accelerator nothing
+synchronises with the host.
+
+Routes are a plan (`plan.py`) on a CPU, where a linear without routed tokens returns at once, and the weights
+of all experts on an accelerator.
 
 Legend: T tokens, D hidden, I input features, O output features, R rank, E experts.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
-from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.platforms import current_platform
 
+from . import native, plan
 from .gate import Gate
 from .slots import SiteSlots
 
@@ -25,56 +31,70 @@ _sites: dict[str, SiteSlots] = {}
 def bind(gate: Gate, sites: dict[str, SiteSlots]) -> None:
     """Points the operators of this process at its one installation."""
     global _gate
+    _register()
     _gate = gate
     _sites.clear()
     _sites.update(sites)
+    if native.load():
+        torch.ops.alter_cpu.clear_sites()
+        for name, site in sites.items():
+            torch.ops.alter_cpu.set_site(name, site.lora_a, site.lora_b, gate.scaling)
+
+
+@functools.cache
+def _register() -> None:
+    """Once for a process. The compiled kernels bring their own `expert_delta` for a CPU."""
+    if not native.load():
+        _LIBRARY.impl("expert_delta", _expert_delta_grouped, "CPU")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl("route", _route, "CPU")  # type: ignore[no-untyped-call]
+    if (key := current_platform.dispatch_key) != "CPU":
+        _LIBRARY.impl("route", _route, key)  # type: ignore[no-untyped-call]
+        _LIBRARY.impl("expert_delta", _expert_delta_dense, key)  # type: ignore[no-untyped-call]
 
 
 def _route(hidden_states: Tensor, residual: Tensor | None) -> Tensor:
     assert _gate is not None, "alter::route ran before installation"
-    return _gate.route(hidden_states if residual is None else hidden_states + residual)
+    return _gate.route(hidden_states, residual)
 
 
 def _route_fake(hidden_states: Tensor, residual: Tensor | None) -> Tensor:
     assert _gate is not None
-    return hidden_states.new_empty((hidden_states.shape[0], _gate.num_experts), dtype=torch.float32)
+    num_tokens = hidden_states.shape[0]
+    if hidden_states.device.type == "cpu":
+        size = plan.plan_size(num_tokens, _gate.config.top_k)
+        return hidden_states.new_empty(size, dtype=torch.int32)
+    return hidden_states.new_empty((num_tokens, _gate.num_experts), dtype=torch.float32)
 
 
-def _expert_delta(y: Tensor, x: Tensor, weights: Tensor, site_name: str) -> None:
-    assert _gate is not None, "alter::expert_delta ran before installation"
-    site = _sites[site_name]
-    if x.device.type == "cpu":
-        _add_grouped(y, x, site, _gate)
-    else:
-        _add_dense(y, x, weights, site, _gate.scaling)
-
-
-def _expert_delta_fake(y: Tensor, x: Tensor, weights: Tensor, site_name: str) -> None:
+def _expert_delta_fake(y: Tensor, x: Tensor, routes: Tensor, site_name: str) -> None:
     return None
 
 
-def _add_grouped(y: Tensor, x: Tensor, site: SiteSlots, gate: Gate) -> None:
-    """Host plan: for each routed expert its tokens only; nothing at all when the plan is empty."""
-    for expert, tokens, scale in gate.plan:
-        if tokens is None:
-            y += (x @ site.lora_a.T * scale).to(x.dtype) @ site.lora_b[expert]
-        else:
-            shrunk = x.index_select(0, tokens) @ site.lora_a.T
-            y.index_add_(0, tokens, (shrunk * scale).to(x.dtype) @ site.lora_b[expert])
+def _expert_delta_grouped(y: Tensor, x: Tensor, routes: Tensor, site_name: str) -> None:
+    """For each routed expert its tokens only; nothing at all when the plan is empty."""
+    if int(routes[0]) == 0:
+        return
+    assert _gate is not None
+    site = _sites[site_name]
+    for expert, tokens, weights in plan.unpack(routes):
+        shrunk = x.index_select(0, tokens) @ site.lora_a.T
+        gated = (shrunk * (weights * _gate.scaling).unsqueeze(-1)).to(x.dtype)
+        y.index_add_(0, tokens, gated @ site.lora_b[expert])
 
 
-def _add_dense(y: Tensor, x: Tensor, weights: Tensor, site: SiteSlots, scaling: float) -> None:
+def _expert_delta_dense(y: Tensor, x: Tensor, routes: Tensor, site_name: str) -> None:
     """Fixed shapes, no host synchronisation: one shrink, one product over all slots."""
+    assert _gate is not None
+    site = _sites[site_name]
     shrunk_TR = x @ site.lora_a.T
-    gated_TER = (weights.unsqueeze(-1) * scaling * shrunk_TR.unsqueeze(1)).to(x.dtype)
+    gated_TER = (routes.unsqueeze(-1) * _gate.scaling * shrunk_TR.unsqueeze(1)).to(x.dtype)
     y.addmm_(gated_TER.flatten(1), site.lora_b.flatten(0, 1))
 
 
-direct_register_custom_op("route", _route, fake_impl=_route_fake, target_lib=_LIBRARY)
-direct_register_custom_op(
-    "expert_delta",
-    _expert_delta,
-    mutates_args=["y"],
-    fake_impl=_expert_delta_fake,
-    target_lib=_LIBRARY,
-)
+for _schema in (
+    "route(Tensor hidden_states, Tensor? residual) -> Tensor",
+    "expert_delta(Tensor(a!) y, Tensor x, Tensor routes, str site_name) -> ()",
+):
+    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
+torch.library.register_fake("alter::route", _route_fake, lib=_LIBRARY)
+torch.library.register_fake("alter::expert_delta", _expert_delta_fake, lib=_LIBRARY)

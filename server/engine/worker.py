@@ -58,6 +58,7 @@ class AlterWorkerMixin:
             architecture=self.vllm_config.model_config.architectures[0],
             max_domains=settings["max_domains"],
             max_tokens=scheduler.max_num_batched_tokens,
+            vocab_size=self.vllm_config.model_config.get_vocab_size(),
             dtype=self.vllm_config.model_config.dtype,
             device=self.device,
         )
