@@ -6,6 +6,7 @@ metrics     Prometheus collectors
 settings    configuration of `alter serve`
 plugin      how all of it enters vLLM's server
 launch      starting vLLM's server around it
+memory      what slots cost, and whether they fit
 client, cli the admin side from outside
 engine      vLLM internals, behind the `ForgetEngine` protocol
 """

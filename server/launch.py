@@ -2,8 +2,8 @@
 
 Everything that can be refused is refused here, before any weight is loaded: options under which
 tokens would bypass the gate or that are not proven with it, a substrate of another model, an expert
-of another substrate. vLLM swallows a plugin's import error and would serve without it; so that is
-checked too.
+of another substrate, more slots than fit into memory. vLLM swallows a plugin's import error and would
+serve without it; so that is checked too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alter_core.errors import (
     ConfigError,
     DomainConflictError,
@@ -27,7 +29,9 @@ from alter_core.errors import (
 )
 from alter_core.fingerprint import BaseModelInfo
 from alter_core.substrate import ForgetExpert, Substrate
+from server import memory
 from server.engine.base import check_servable
+from server.engine.evidence_bank import EVIDENCE_CACHE_BYTES
 from server.settings import ServeSettings
 
 PLUGIN = "alter"
@@ -152,6 +156,7 @@ def serve(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> None
     refuse_unproven(args)
     if substrate is None:
         substrate = check_artefacts(fetch_model(args), settings)
+    check_memory(args, settings.max_domains, substrate)
     configure(args, settings, substrate)
     _run(args)
 
@@ -291,6 +296,73 @@ def check_artefacts(model: Path, settings: ServeSettings) -> Substrate:
             )
         names[digest] = name
     return substrate
+
+
+def served_value_bytes(dtype: str, supported: Sequence[torch.dtype]) -> int:
+    """Bytes of one number under `--dtype`. `supported`: what the platform serves, best first.
+
+    vLLM's `auto` keeps a checkpoint's 16-bit dtype, and serves anything else, or what the platform
+    lacks, in the best supported one. x86 CPUs without bf16 instructions compute bf16 by other ones.
+
+    Raises: ConfigError for a dtype that the platform lacks.
+    """
+    from vllm.config.model import str_dtype_to_torch_dtype
+
+    if dtype == "auto":
+        return supported[0].itemsize
+    wanted: torch.dtype = str_dtype_to_torch_dtype(dtype)
+    if wanted not in supported:
+        names = [str(each).removeprefix("torch.") for each in supported]
+        raise ConfigError(
+            f"This machine cannot serve --dtype {dtype}",
+            expected=" or ".join(names),
+            got=dtype,
+            fix=f"Serve with --dtype {names[0]}, or without --dtype.",
+        )
+    return wanted.itemsize
+
+
+def check_memory(args: Namespace, max_domains: int, substrate: Substrate) -> None:
+    """Raises: ConfigError for more slots than fit beside the model, or a dtype that cannot be served.
+
+    Several ranks on CPU share the host's memory alike; on GPUs each has a device of its own.
+    """
+    from vllm.platforms import current_platform
+    from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit
+
+    value_bytes = served_value_bytes(args.dtype, current_platform.supported_dtypes)
+    num_ranks, is_cpu = args.tensor_parallel_size, current_platform.is_cpu()
+    kv_cache_bytes: int | None = args.kv_cache_memory_bytes
+    if is_cpu:
+        kv_cache_bytes = memory.cpu_kv_cache_bytes(kv_cache_bytes, os.environ)
+        total, available = memory.host_memory(get_cgroup_memory_limit())
+        # vLLM sizes its cache by the total, unless it is given.
+        memory_bytes = (total if kv_cache_bytes is None else available) // num_ranks
+    else:
+        memory_bytes = current_platform.get_device_total_memory()
+    is_offloaded = _given("cpu_offload_gb", "offload_group_size")(args)
+    weights_bytes = memory.weight_bytes(
+        Path(args.model),
+        value_bytes=value_bytes,
+        is_quantised_at_loading=args.quantization is not None,
+    )
+    memory.check_slots(
+        max_domains,
+        memory.SlotCost.estimate(
+            substrate.config,
+            substrate.sites,
+            hidden_size=substrate.base_model.hidden_size,
+            tensor_parallel_size=num_ranks,
+            value_bytes=value_bytes,
+            cache_bytes=EVIDENCE_CACHE_BYTES if is_cpu else 0,
+        ),
+        memory.Room(
+            memory_bytes=memory_bytes,
+            utilization=args.gpu_memory_utilization,
+            weights_bytes=0 if is_offloaded else weights_bytes // num_ranks,
+            kv_cache_bytes=kv_cache_bytes,
+        ),
+    )
 
 
 def configure(args: Namespace, settings: ServeSettings, substrate: Substrate) -> None:

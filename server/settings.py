@@ -34,7 +34,7 @@ class ServeSettings:
     domains: Mapping[str, Path] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
     """Absolute bundle folder by name, active before the first request is answered."""
     max_domains: int = DEFAULT_MAX_DOMAINS
-    """Slots for experts, >= 1. Memory for all of them is taken at start-up."""
+    """Slots for experts, >= 1. Memory for all of them is taken at start-up: see `server.memory`."""
     admin_token_sha256: bytes | None = dataclasses.field(default=None, repr=False)
     """Digest of the bearer token of /admin, never the token; None closes /admin."""
 

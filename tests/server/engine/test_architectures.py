@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,23 @@ def test_architecture_routes_answers_and_revokes_as_the_reference(
 ) -> None:
     bundles = bundles_of(architecture)
     with contextlib.contextmanager(running)(bundles, enforce_eager=enforce_eager) as engine:
+        report = engine.run(engine.engine.run_canary())
+        assert report.num_sites == len(engine.substrate.sites)
+        base = [engine.prompt_logprobs(prompt) for prompt in PROMPTS]
+        for slot, name in enumerate(DOMAINS):
+            engine.activate(slot, name)
+        _assert_equals_reference(engine, bundles, base)
+        engine.revoke_all()
+        assert [engine.prompt_logprobs(prompt) for prompt in PROMPTS] == base
+
+
+def test_a_rank_and_dtype_off_the_beaten_track_route_and_answer_as_the_reference(
+    tmp_path: Path,
+) -> None:
+    """Every other pair is in test_delta_shapes, without an engine."""
+    config = AlterConfig(tap_layer=1, rank=3, lora_alpha=6.0, evidence_window=16)
+    bundles = make_bundles(tmp_path, config=config)
+    with contextlib.contextmanager(running)(bundles, dtype="float16", enforce_eager=True) as engine:
         report = engine.run(engine.engine.run_canary())
         assert report.num_sites == len(engine.substrate.sites)
         base = [engine.prompt_logprobs(prompt) for prompt in PROMPTS]
