@@ -31,7 +31,7 @@ from alter_core.fingerprint import BaseModelInfo
 from alter_core.substrate import ForgetExpert, Substrate
 from server import memory
 from server.engine.base import check_servable
-from server.engine.evidence_bank import EVIDENCE_CACHE_BYTES
+from server.engine.evidence_tables import cache_bytes
 from server.settings import ServeSettings
 
 PLUGIN = "alter"
@@ -354,7 +354,13 @@ def check_memory(args: Namespace, max_domains: int, substrate: Substrate) -> Non
             hidden_size=substrate.base_model.hidden_size,
             tensor_parallel_size=num_ranks,
             value_bytes=value_bytes,
-            cache_bytes=EVIDENCE_CACHE_BYTES if is_cpu else 0,
+            cache_bytes=cache_bytes(
+                substrate.config,
+                vocab_size=substrate.base_model.vocab_size,
+                max_domains=max_domains,
+            )
+            if is_cpu
+            else 0,
         ),
         memory.Room(
             memory_bytes=memory_bytes,

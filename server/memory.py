@@ -43,7 +43,7 @@ class SlotCost:
     head_bytes: int
     """One domain's evidence head, float32."""
     cache_bytes: int
-    """Budget of the evidence cache, whatever the number of slots; 0 on an accelerator."""
+    """Of the router's tables with all slots occupied; 0 on an accelerator."""
 
     @classmethod
     def estimate(

@@ -22,7 +22,6 @@ from alter_core.config import AlterConfig
 from alter_core.evidence import NO_EVIDENCE, EvidenceHead, windowed_max
 
 IntArray = NDArray[np.int64]
-EVIDENCE_CACHE_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,20 @@ _LANES = 16
 """The kernels read units by as many."""
 
 
+def cache_bytes(config: AlterConfig, *, vocab_size: int, max_domains: int) -> int:
+    """What the tables take once every slot is occupied and every token was seen, or the budget."""
+    return min(EVIDENCE_CACHE_BYTES, vocab_size * max_domains * _row_bytes(config))
+
+
+def _padded_units(config: AlterConfig) -> int:
+    return -(-config.evidence_units // _LANES) * _LANES
+
+
+def _row_bytes(config: AlterConfig) -> int:
+    """Of one token in one head's table."""
+    return config.evidence_ngram * _padded_units(config) * torch.half.itemsize
+
+
 @dataclasses.dataclass(eq=False)
 class _HeadTable:
     """One head's table (R, G, H), and how many of its rows are filled, of which generation of rows."""
@@ -53,10 +67,9 @@ class TableEvidenceBank(EvidenceBank):
         max_tokens: int,
     ) -> None:
         """`max_tokens`: most new tokens of a step; the tables have room for at least one request's."""
-        self._padded_units = -(-config.evidence_units // _LANES) * _LANES
-        row_bytes = 2 * config.evidence_ngram * self._padded_units
+        self._padded_units = _padded_units(config)
         of_a_request = max_tokens + config.evidence_window + config.evidence_ngram
-        affordable = EVIDENCE_CACHE_BYTES // (row_bytes * max_domains)
+        affordable = EVIDENCE_CACHE_BYTES // (_row_bytes(config) * max_domains)
         self._capacity = min(vocab_size, max(affordable, of_a_request))
         self._row_of_token = torch.full((vocab_size,), -1, dtype=torch.int32)
         self._token_of_row = torch.zeros(self._capacity, dtype=torch.long)
