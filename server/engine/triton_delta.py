@@ -212,8 +212,8 @@ def _token_keys(
     is_used = loaded != 0
     highest = tl.max(tl.where(is_used, experts[None, :], -1), axis=1)
     bits = tl.sum(tl.where(is_used, 1 << (experts % 16)[None, :], 0), axis=1)
-    # E / 16 experts share a bit: their sum needs 20 bits up to E = 256, and may only blur the order beyond.
-    key = tl.where(highest >= 0, (highest << 20) + (bits & 0xFFFFF), _UNROUTED)
+    # Masks keep every key below _UNROUTED; where they or the modulo merge two sets, only the order blurs.
+    key = tl.where(highest >= 0, ((highest & 0x3FF) << 20) + (bits & 0xFFFFF), _UNROUTED)
     tl.store(keys + tokens, key)
 
 
@@ -378,8 +378,7 @@ def _expand(
             weight = tl.load(
                 weights + tokens * stride_wt + expert * stride_we, mask=is_token, other=0.0
             )
-            # Exactly 0 where the token does not use the expert, whatever s holds.
-            gated_TR = tl.where(weight[:, None] != 0, weight[:, None] * shrunk_TR, 0.0)
+            gated_TR = weight[:, None] * shrunk_TR
             b_RO = tl.load(
                 lora_b
                 + expert.to(tl.int64) * stride_be
