@@ -130,6 +130,7 @@ def add_expert_delta(
         )
     if blocks is None:
         blocks = plan(weights)
+    assert blocks.shape == plan_shape(len(x), num_experts), "the plan is of another step"
     num_blocks = blocks.shape[0]
     if num_blocks == 0:
         return
