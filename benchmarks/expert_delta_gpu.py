@@ -151,13 +151,13 @@ def _measure(case: Case) -> dict[str, float]:
     from server.engine import triton_delta
 
     weights = step_weights(case).cuda()
-    blocks = triton_delta.plan(weights)
+    routes = triton_delta.plan(weights)
     sites = [_buffers(case) for _ in range(num_sets(case))]
     half = case.num_bytes // 2
     copies = [(torch.empty(half, dtype=torch.uint8, device="cuda"), _filled(half)) for _ in sites]
 
     def delta(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-        triton_delta.add_expert_delta(y, x, weights, lora_a, lora_b, _SCALING, blocks)
+        triton_delta.add_expert_delta(y, x, routes, lora_a, lora_b, _SCALING)
 
     def reference(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
         y += multi_expert_delta(x, lora_a, lora_b.transpose(1, 2), weights, _SCALING)

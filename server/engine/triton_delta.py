@@ -1,7 +1,7 @@
 """Triton kernels of the experts' delta, Eq. 6 and 9: what the GPU runs for `alter_core.delta`.
 
-Once a step `plan` sorts the tokens by the experts that they use and cuts them into blocks, and lists the
-experts of every block; then each site runs two kernels over the blocks:
+Once a step `plan` sorts the tokens by the experts that they use, cuts them into blocks and lists the experts
+of every block, in one tensor that all sites read; then each site runs two kernels over the blocks:
 
     shrink    s = A x             in slices of I, each to its own float32 partial
     expand    y += B_e (w_e s)    the partials summed in order, then the block's experts in order
@@ -11,10 +11,11 @@ replay it with other weights. A block without a routed token returns at once; B 
 experts only, so the cost does not grow with E.
 
 A token's result does not depend on its batch: tiles are 16 tokens by the same slices of I at every T, sums
-have one order, there are no atomics, and an expert that only a neighbour uses adds +0 to a float32 sum that
-is never -0. That leans on one thing outside this file: that a matrix instruction computes each row of its
-tile alike and apart. Tiles are kept at 16 rows so that one kind of instruction serves every T. Across GPU
-models, Triton versions or tensor-parallel sizes, results may differ in rounding.
+have one order, there are no atomics, and an expert that only a neighbour uses adds a zero to a float32 sum
+that is never -0 (B is finite: bundles are checked, empty slots are 0). That leans on one thing outside this
+file: that a matrix instruction computes each row of its tile alike and apart. Tiles are kept at 16 rows so
+that one kind of instruction serves every T. Across GPU models, Triton versions or tensor-parallel sizes,
+results may differ in rounding.
 
 Legend: T tokens, G blocks of tokens, E experts, R rank, I input features, O output features.
 """
@@ -72,51 +73,50 @@ def supports(rank: int, dtype: torch.dtype) -> bool:
 def plan_shape(num_tokens: int, num_experts: int) -> tuple[int, int]:
     """Shape of a plan. No branch on `num_tokens`, which may be symbolic."""
     num_blocks = (num_tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-    return num_blocks, 1 + num_experts + BLOCK_TOKENS
+    return num_blocks, 1 + num_experts + BLOCK_TOKENS * (1 + num_experts)
 
 
 def plan(weights: Tensor) -> Tensor:
     """Groups a step's tokens by the experts that they use; all sites share the result.
 
-    A row is a block: the number of experts in use, those experts in rising order (the rest undefined), the
-    block's tokens (-1 for none). Tokens with the same experts stand together, in their own order; those
-    without experts stand nowhere.
+    A row is a block: the number of experts in use; those experts in rising order (E places, the rest
+    undefined); the block's 16 tokens (-1 for none); their weights (16, E) in float32's bits. Tokens with the
+    same experts stand together, in their own order; those without experts stand nowhere.
 
-    Shapes: weights (T, E) float32 -> (G, 1 + E + 16) int32.
+    Shapes: weights (T, E) float32 -> (G, 1 + E + 16 + 16 E) int32.
     """
     num_tokens, num_experts = weights.shape
-    blocks = torch.empty(
+    routes = torch.empty(
         plan_shape(num_tokens, num_experts), dtype=torch.int32, device=weights.device
     )
-    num_blocks = blocks.shape[0]
+    num_blocks = routes.shape[0]
     if num_blocks == 0:
-        return blocks
+        return routes
     keys = torch.empty(num_blocks * BLOCK_TOKENS, dtype=torch.int32, device=weights.device)
     sizes = {"NUM_EXPERTS": num_experts, "BLOCK_T": BLOCK_TOKENS}
     padded = {"EXPERTS_PADDED": triton.next_power_of_2(num_experts)}
     _token_keys[(num_blocks,)](
         weights, keys, num_tokens, *weights.stride(), **sizes, **padded, **_EXACT
     )
-    _sort_tokens[(num_blocks,)](keys, blocks, len(keys), **sizes, SORT_T=_SORT_TOKENS, **_EXACT)
-    _list_experts[(num_blocks,)](weights, blocks, *weights.stride(), **sizes, **padded, **_EXACT)
-    return blocks
+    _sort_tokens[(num_blocks,)](keys, routes, len(keys), **sizes, SORT_T=_SORT_TOKENS, **_EXACT)
+    _list_experts[(num_blocks,)](weights, routes, *weights.stride(), **sizes, **padded, **_EXACT)
+    return routes
 
 
 def add_expert_delta(
     y: Tensor,
     x: Tensor,
-    weights: Tensor,
+    routes: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
-    blocks: Tensor | None = None,
 ) -> None:
     """y += scaling * sum_e w_e B_e A x, in place; rows of y without a weight are not touched.
 
     Sums in float32; rounds w_e A x to x.dtype, as `multi_expert_delta` does, and the sum once, into y.
-    `blocks` is `plan(weights)`, computed here where it is missing.
+    `routes` is `plan(weights)`.
 
-    Shapes: y (T, O), x (T, I), weights (T, E) float32, lora_a (R, I), lora_b (E, R, O).
+    Shapes: y (T, O), x (T, I), routes (G, ...) int32, lora_a (R, I), lora_b (E, R, O).
     Raises: EngineError for a rank or data type that `supports` denies.
     """
     rank, num_inputs = lora_a.shape
@@ -128,10 +128,8 @@ def add_expert_delta(
             got=f"rank {rank}, x {x.dtype}, y {y.dtype}, A {lora_a.dtype}, B {lora_b.dtype}",
             fix="Ask supports() first, and take the dense path where it says no.",
         )
-    if blocks is None:
-        blocks = plan(weights)
-    assert blocks.shape == plan_shape(len(x), num_experts), "the plan is of another step"
-    num_blocks = blocks.shape[0]
+    assert routes.shape == plan_shape(len(x), num_experts), "the plan is of another step"
+    num_blocks = routes.shape[0]
     if num_blocks == 0:
         return
     slice_inputs = _slice_inputs(rank)
@@ -149,7 +147,7 @@ def add_expert_delta(
     _shrink[(num_blocks, num_slices)](
         x,
         lora_a,
-        blocks,
+        routes,
         partials,
         *x.stride(),
         *lora_a.stride(),
@@ -166,13 +164,11 @@ def add_expert_delta(
     columns = tiling.block_outputs * tiling.num_tiles
     _expand[(num_blocks, triton.cdiv(num_outputs, columns))](
         y,
-        weights,
         lora_b,
-        blocks,
+        routes,
         partials,
         scaling,
         *y.stride(),
-        *weights.stride(),
         *lora_b.stride(),
         partials.stride(0),
         **sizes,
@@ -221,7 +217,7 @@ def _token_keys(
 @triton.jit(do_not_specialize=["num_keys"])  # type: ignore[untyped-decorator]
 def _sort_tokens(
     keys: tl.tensor,
-    blocks: tl.tensor,
+    routes: tl.tensor,
     num_keys: tl.tensor,
     NUM_EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -239,29 +235,37 @@ def _sort_tokens(
             (other[None, :] == own[:, None]) & (others[None, :] < tokens[:, None])
         )
         place += tl.sum(is_before.to(tl.int32), axis=1)
-    width = 1 + NUM_EXPERTS + BLOCK_T
-    target = blocks + (place // BLOCK_T) * width + 1 + NUM_EXPERTS + place % BLOCK_T
+    width = 1 + NUM_EXPERTS + BLOCK_T * (1 + NUM_EXPERTS)
+    target = routes + (place // BLOCK_T) * width + 1 + NUM_EXPERTS + place % BLOCK_T
     tl.store(target, tl.where(own == _UNROUTED, -1, tokens))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _list_experts(
     weights: tl.tensor,
-    blocks: tl.tensor,
+    routes: tl.tensor,
     stride_wt: tl.tensor,
     stride_we: tl.tensor,
     NUM_EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
 ) -> None:
-    """Writes how many experts each block uses, and which."""
-    row = blocks + tl.program_id(0) * (1 + NUM_EXPERTS + BLOCK_T)
+    """Writes how many experts each block uses, which, and the weights of its tokens."""
+    row = routes + tl.program_id(0) * (1 + NUM_EXPERTS + BLOCK_T * (1 + NUM_EXPERTS))
     tokens = tl.load(row + 1 + NUM_EXPERTS + tl.arange(0, BLOCK_T))
     experts = tl.arange(0, EXPERTS_PADDED)
     loaded = tl.load(
         weights + tokens[:, None].to(tl.int64) * stride_wt + experts[None, :] * stride_we,
         mask=(tokens[:, None] >= 0) & (experts[None, :] < NUM_EXPERTS),
         other=0.0,
+    )
+    tl.store(
+        row
+        + (1 + NUM_EXPERTS + BLOCK_T)
+        + tl.arange(0, BLOCK_T)[:, None] * NUM_EXPERTS
+        + experts[None, :],
+        loaded.to(tl.int32, bitcast=True),
+        mask=experts[None, :] < NUM_EXPERTS,
     )
     is_used = tl.max((loaded != 0).to(tl.int32), axis=0)
     tl.store(row, tl.sum(is_used, axis=0))
@@ -272,7 +276,7 @@ def _list_experts(
 def _shrink(
     x: tl.tensor,
     lora_a: tl.tensor,
-    blocks: tl.tensor,
+    routes: tl.tensor,
     partials: tl.tensor,
     stride_xt: tl.tensor,
     stride_xi: tl.tensor,
@@ -291,7 +295,7 @@ def _shrink(
     """partials[slice, block's tokens] = x A^T over one slice of I."""
     block = tl.program_id(0)
     part = tl.program_id(1)
-    row = blocks + block * (1 + NUM_EXPERTS + BLOCK_T)
+    row = routes + block * (1 + NUM_EXPERTS + BLOCK_T * (1 + NUM_EXPERTS))
     if tl.load(row) == 0:
         return
     rows = tl.arange(0, BLOCK_T)
@@ -327,15 +331,12 @@ def _shrink(
 @triton.jit  # type: ignore[untyped-decorator]
 def _expand(
     y: tl.tensor,
-    weights: tl.tensor,
     lora_b: tl.tensor,
-    blocks: tl.tensor,
+    routes: tl.tensor,
     partials: tl.tensor,
     scaling: tl.tensor,
     stride_yt: tl.tensor,
     stride_yo: tl.tensor,
-    stride_wt: tl.tensor,
-    stride_we: tl.tensor,
     stride_be: tl.tensor,
     stride_br: tl.tensor,
     stride_bo: tl.tensor,
@@ -352,7 +353,7 @@ def _expand(
 ) -> None:
     """y[block's tokens, some columns] += sum over the block's experts of (w_e s) B_e."""
     block = tl.program_id(0)
-    row = blocks + block * (1 + NUM_EXPERTS + BLOCK_T)
+    row = routes + block * (1 + NUM_EXPERTS + BLOCK_T * (1 + NUM_EXPERTS))
     num_used = tl.load(row)
     if num_used == 0:
         return
@@ -376,8 +377,8 @@ def _expand(
         delta_TO = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
         for used in range(num_used):
             expert = tl.load(row + 1 + used)
-            weight = tl.load(
-                weights + tokens * stride_wt + expert * stride_we, mask=is_token, other=0.0
+            weight = tl.load(row + (1 + NUM_EXPERTS + BLOCK_T) + rows * NUM_EXPERTS + expert).to(
+                tl.float32, bitcast=True
             )
             gated_TR = weight[:, None] * shrunk_TR
             b_RO = tl.load(

@@ -26,7 +26,7 @@ def delta(
 ) -> Tensor:
     """A copy of y with the experts' delta added."""
     y = y.clone()
-    triton_delta.add_expert_delta(y, x, weights, lora_a, lora_b, scaling)
+    triton_delta.add_expert_delta(y, x, triton_delta.plan(weights), lora_a, lora_b, scaling)
     return y
 
 

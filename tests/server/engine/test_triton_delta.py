@@ -90,6 +90,11 @@ def make_site(
     return Site(**{name: tensor.to(DEVICE) for name, tensor in vars(site).items()})
 
 
+def add(site: Site, routes: Tensor) -> None:
+    """The operator itself: into the site's y, on this process's device."""
+    triton_delta.add_expert_delta(site.y, site.x, routes, site.lora_a, site.lora_b, SCALING)
+
+
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     """A few units in the last place of the data type; the interpreter cuts bf16 off instead of rounding."""
     unit = max(torch.finfo(actual.dtype).eps, 2**-20)
@@ -123,12 +128,13 @@ def test_other_ranks_and_dtypes_are_refused() -> None:
     assert not triton_delta.supports(12, torch.bfloat16)
     assert not triton_delta.supports(128, torch.bfloat16)
     assert not triton_delta.supports(8, torch.float64)
+    routes = torch.empty(triton_delta.plan_shape(3, 20), dtype=torch.int32, device=DEVICE)
     with pytest.raises(EngineError, match="rank 12"):
-        triton_delta.add_expert_delta(*make_site(3, rank=12).args())
+        add(make_site(3, rank=12), routes)
     site = make_site(3)
     site.x = site.x.half()
     with pytest.raises(EngineError, match=r"x torch\.float16"):
-        triton_delta.add_expert_delta(*site.args())
+        add(site, routes)
 
 
 def test_an_empty_routing_leaves_y_as_it_is(kernels: Kernels) -> None:
@@ -200,13 +206,19 @@ def test_a_token_gets_the_same_bits_in_every_batch(
 class Block:
     experts: list[int]
     tokens: list[int]
+    weights: Tensor
+    """(tokens, E)."""
 
 
 def read_plan(plan: Tensor, num_experts: int) -> list[Block]:
     blocks = []
-    for row in plan.tolist():
-        experts, tokens = row[1 : 1 + row[0]], row[1 + num_experts :]
-        blocks.append(Block(experts, [token for token in tokens if token >= 0]))
+    sizes = [1, num_experts, triton_delta.BLOCK_TOKENS, triton_delta.BLOCK_TOKENS * num_experts]
+    for row in plan.cpu():
+        count, experts, tokens, bits = row.split(sizes)
+        weights = bits.clone().view(torch.float32).reshape(-1, num_experts)
+        assert not weights[tokens < 0].any()
+        is_token = tokens >= 0
+        blocks.append(Block(experts[:count].tolist(), tokens[is_token].tolist(), weights[is_token]))
     return blocks
 
 
@@ -221,6 +233,7 @@ def test_plan_holds_every_routed_token_once_with_its_blocks_experts(
     routed = weights.any(dim=1).nonzero().flatten().tolist()
     assert sorted(token for block in blocks for token in block.tokens) == routed
     for block in blocks:
+        assert torch.equal(block.weights, weights[block.tokens].cpu())
         assert block.experts == weights[block.tokens].any(dim=0).nonzero().flatten().tolist()
     is_empty = [not block.tokens for block in blocks]
     assert is_empty == sorted(is_empty), "blocks with work come first"
@@ -236,7 +249,7 @@ def test_plan_puts_tokens_of_one_expert_together(kernels: Kernels) -> None:
     assert tokens == experts.sort(stable=True).indices.tolist()
 
 
-_POINTERS = {"weights": "*fp32", "blocks": "*i32", "partials": "*fp32", "keys": "*i32"}
+_POINTERS = {"weights": "*fp32", "routes": "*i32", "partials": "*fp32", "keys": "*i32"}
 
 
 def _ptx(kernel: Any, capability: int, **constants: Any) -> str:
@@ -290,8 +303,7 @@ def test_a_captured_graph_follows_the_weights(num_tokens: int) -> None:
     before, drawn = site.y.clone(), site.weights.clone()
 
     def step() -> None:
-        blocks = triton_delta.plan(site.weights)
-        triton_delta.add_expert_delta(*site.args(), blocks)
+        add(site, triton_delta.plan(site.weights))
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()
