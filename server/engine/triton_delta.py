@@ -8,7 +8,7 @@ of every block, in one tensor that all sites read; then each site runs two kerne
 
 All on the device with grids that depend on shapes alone: nothing synchronises with the host, and CUDA graphs
 replay it with other weights. A block without a routed token returns at once; B is read for a block's own
-experts only, so the cost does not grow with E.
+experts only, so a site's cost does not grow with E; the plan's does, once a step.
 
 A token's result does not depend on its batch: tiles are 16 tokens by the same slices of I at every T, sums
 have one order, there are no atomics, and an expert that only a neighbour uses adds a zero to a float32 sum
