@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def load() -> bool:
 def _build(library: Path) -> None:
     """Compiles in a folder of its own and moves the result, so that no lock can be left behind."""
     library.parent.mkdir(parents=True, exist_ok=True)
+    # ninja may be installed beside the interpreter alone.
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         cpp_extension.load(
             "alter_cpu",

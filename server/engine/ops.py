@@ -5,8 +5,8 @@ in every adapted linear and adds the experts' delta in place. Both look their st
 attention does, so that graphs hold no reference to it; shapes are fixed, and on an accelerator nothing
 synchronises with the host.
 
-Routes are a plan (`plan.py`) on a CPU, where a linear without routed tokens returns at once, and the weights
-of all experts on an accelerator.
+Routes are a plan: of `plan.py` on a CPU, where a linear without routed tokens returns at once, or of
+`triton_delta.py` on a GPU; an accelerator that lacks kernels takes the weights of all experts (T, E).
 
 Legend: T tokens, D hidden, I input features, O output features, R rank, E experts.
 """
@@ -14,6 +14,8 @@ Legend: T tokens, D hidden, I input features, O output features, R rank, E exper
 from __future__ import annotations
 
 import functools
+import logging
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,13 +28,17 @@ from .slots import SiteSlots
 _LIBRARY = torch.library.Library("alter", "FRAGMENT")  # type: ignore[no-untyped-call]
 _gate: Gate | None = None
 _sites: dict[str, SiteSlots] = {}
+_triton: ModuleType | None = None
+"""`triton_delta` where it serves the installation."""
+logger = logging.getLogger(__name__)
 
 
 def bind(gate: Gate, sites: dict[str, SiteSlots]) -> None:
     """Points the operators of this process at its one installation."""
-    global _gate
+    global _gate, _triton
     _register()
     _gate = gate
+    _triton = _triton_kernels(next(iter(sites.values())).lora_a)
     _sites.clear()
     _sites.update(sites)
     if native.load():
@@ -49,12 +55,32 @@ def _register() -> None:
     _LIBRARY.impl("route", _route, "CPU")  # type: ignore[no-untyped-call]
     if (key := current_platform.dispatch_key) != "CPU":
         _LIBRARY.impl("route", _route, key)  # type: ignore[no-untyped-call]
-        _LIBRARY.impl("expert_delta", _expert_delta_dense, key)  # type: ignore[no-untyped-call]
+        _LIBRARY.impl("expert_delta", _expert_delta_accelerator, key)  # type: ignore[no-untyped-call]
+
+
+def _triton_kernels(lora_a: Tensor) -> ModuleType | None:
+    """The GPU's kernels. Warns, once, where a GPU has to do without."""
+    if not current_platform.is_cuda():
+        return None
+    from . import triton_delta
+
+    rank, dtype = len(lora_a), lora_a.dtype
+    if triton_delta.supports(rank, dtype):
+        return triton_delta
+    logger.warning(
+        "No kernel for experts of rank %d in %s (there are some for ranks %s): dense torch takes its place, "
+        "whose cost grows with --alter-max-domains.",
+        rank,
+        dtype,
+        ", ".join(map(str, triton_delta.RANKS)),
+    )
+    return None
 
 
 def _route(hidden_states: Tensor, residual: Tensor | None) -> Tensor:
     assert _gate is not None, "alter::route ran before installation"
-    return _gate.route(hidden_states, residual)
+    routes = _gate.route(hidden_states, residual)
+    return routes if _triton is None else _triton.plan(routes)
 
 
 def _route_fake(hidden_states: Tensor, residual: Tensor | None) -> Tensor:
@@ -63,6 +89,9 @@ def _route_fake(hidden_states: Tensor, residual: Tensor | None) -> Tensor:
     if hidden_states.device.type == "cpu":
         size = plan.plan_size(num_tokens, _gate.config.top_k)
         return hidden_states.new_empty(size, dtype=torch.int32)
+    if _triton is not None:
+        shape = _triton.plan_shape(num_tokens, _gate.num_experts)
+        return hidden_states.new_empty(shape, dtype=torch.int32)
     return hidden_states.new_empty((num_tokens, _gate.num_experts), dtype=torch.float32)
 
 
@@ -82,10 +111,13 @@ def _expert_delta_grouped(y: Tensor, x: Tensor, routes: Tensor, site_name: str) 
         y.index_add_(0, tokens, gated @ site.lora_b[expert])
 
 
-def _expert_delta_dense(y: Tensor, x: Tensor, routes: Tensor, site_name: str) -> None:
-    """Fixed shapes, no host synchronisation: one shrink, one product over all slots."""
+def _expert_delta_accelerator(y: Tensor, x: Tensor, routes: Tensor, site_name: str) -> None:
+    """Fixed shapes and no host synchronisation; in torch, one shrink and one product over all slots."""
     assert _gate is not None
     site = _sites[site_name]
+    if _triton is not None:
+        _triton.add_expert_delta(y, x, routes, site.lora_a, site.lora_b, _gate.scaling)
+        return
     shrunk_TR = x @ site.lora_a.T
     gated_TER = (routes.unsqueeze(-1) * _gate.scaling * shrunk_TR.unsqueeze(1)).to(x.dtype)
     y.addmm_(gated_TER.flatten(1), site.lora_b.flatten(0, 1))
