@@ -23,6 +23,11 @@ from alter_core.evidence import NO_EVIDENCE, EvidenceHead, windowed_max
 
 IntArray = NDArray[np.int64]
 
+_SCAN_TOKENS = 1024
+"""Positions that `EvidenceBank.fires` scores at a time."""
+_FIRES_ABOVE = -1e-3
+"""Evidence that counts as firing for `fires`: a product of another shape may round to the other side of 0."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTokens:
@@ -64,6 +69,21 @@ class EvidenceBank:
     def head(self, expert: int) -> EvidenceHead | None:
         """The head of an expert, if it has one."""
         return self._heads.get(expert)
+
+    def fires(self, token_ids: NDArray[np.int32]) -> bool:
+        """True if any active head finds evidence at any position. Scores them all: no early return.
+
+        Shapes: token_ids (T,).
+        """
+        if not self._heads:
+            return False
+        is_quiet = True
+        for start in range(0, len(token_ids), _SCAN_TOKENS):
+            positions = np.arange(start, min(start + _SCAN_TOKENS, len(token_ids)))
+            scores = self._score(token_ids[None], np.zeros_like(positions), positions)
+            # Written so that a NaN counts as firing.
+            is_quiet &= bool((scores <= _FIRES_ABOVE).all())
+        return not is_quiet
 
     def _restack(self) -> None:
         order = sorted(self._heads)
