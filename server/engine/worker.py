@@ -143,10 +143,12 @@ class AlterWorkerMixin:
         """Puts the staged expert into a slot, or empties it (None), and begins an epoch.
 
         Returns `alter_state` and, as `untouched`, the number of tokens by id of each request that no
-        active expert touched before or touches now. Every rank scans all requests twice: embeddings of
-        a sharded table are collective.
+        active expert touched before or touches now. All ranks scan the same requests as often:
+        embeddings of a sharded table are collective.
         """
-        before = self._untouched()
+        scans = []
+        if digest is None or self._digests[slot] is not None:  # what was active may be so no more
+            scans.append(self._untouched())
         occupant = _EMPTY
         if digest is not None:
             occupant = self._staged(digest).result(timeout=0)
@@ -155,9 +157,10 @@ class AlterWorkerMixin:
         self._gate.reset_counts(slot + 1)
         self._staging = None
         self._epoch = epoch
-        after = self._untouched()
-        untouched = {request: tokens for request, tokens in after.items() if request in before}
-        return self.alter_state() | {"untouched": untouched}
+        if digest is not None:  # what was not active may be so now
+            scans.append(self._untouched())
+        untouched = set.intersection(*(set(scan.items()) for scan in scans))
+        return self.alter_state() | {"untouched": dict(untouched)}
 
     def alter_rollback(self) -> None:
         """Undoes the last commit, if there was one since the last `alter_confirm`."""
