@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alter_core.errors import AlterError, ConfigError, UnsupportedEngineError
-from server.api.models import Activated, ForgetDomain
+from server.api.models import Activated, ForgetDomain, Switch
 from server.client import DEFAULT_URL, AdminClient
 from server.engine.base import InFlight
 from server.settings import (
@@ -155,8 +155,7 @@ def revoke_command(
     if as_json:
         _print_json(answer)
     else:
-        pause_ms = answer.switch.pause_s * 1000
-        typer.echo(f"{name} revoked; epoch {answer.switch.epoch}, pause {pause_ms:.0f} ms")
+        typer.echo(f"{name} revoked; epoch {answer.switch.epoch}, {_described(answer.switch)}")
 
 
 @domains_app.command("show")
@@ -203,6 +202,13 @@ def _print_json(answer: BaseModel) -> None:
     typer.echo(answer.model_dump_json(indent=2))
 
 
+def _described(switch: Switch) -> str:
+    return (
+        f"pause {switch.pause_s * 1000:.0f} ms, {switch.recomputed_requests} requests recomputed "
+        f"({switch.recomputed_tokens} tokens), {switch.kept_requests} kept"
+    )
+
+
 def _print_domain(domain: ForgetDomain) -> None:
     table = Table(show_header=False)
     table.add_column(style="bold")
@@ -219,7 +225,7 @@ def _print_domain(domain: ForgetDomain) -> None:
     if isinstance(domain, Activated):
         rows["outcome"] = domain.outcome
         if domain.switch is not None:
-            rows["pause"] = f"{domain.switch.pause_s * 1000:.0f} ms"
+            rows["switch"] = _described(domain.switch)
     for label, value in rows.items():
         table.add_row(label, str(value))
     Console().print(table)

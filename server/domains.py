@@ -354,7 +354,7 @@ class DomainService:
         self._domains, self._epoch = domains, report.epoch
         self._ledger.restart(change.slot)
         self._metrics.set_state(epoch=report.epoch, num_domains=len(domains))
-        self._metrics.observe_switch(report.pause_s)
+        self._metrics.observe_switch(report)
 
     async def _verify(self) -> None:
         """Asks the workers what they apply.

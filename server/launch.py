@@ -128,6 +128,11 @@ _REFUSALS = (
         lambda args: args.worker_cls != "auto",
         "ALTER installs itself through its own worker class",
     ),
+    _Refusal(
+        "--scheduler-cls",
+        _given("scheduler_cls"),
+        "a switch asks ALTER's scheduler to recompute requests",
+    ),
     _Refusal("--worker-extension-cls", _given("worker_extension_cls"), _UNPROVEN),
     _Refusal(
         "--model-impl",
@@ -394,6 +399,7 @@ def configure(args: Namespace, settings: ServeSettings, substrate: Substrate) ->
     args.additional_config = additional
     worker = "AlterCPUWorker" if current_platform.is_cpu() else "AlterGPUWorker"
     args.worker_cls = f"server.engine.worker.{worker}"
+    args.scheduler_cls = "server.engine.scheduler.AlterScheduler"
     args.async_scheduling = False
     args.api_server_count = None
     args.alter_settings = settings

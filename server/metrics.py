@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from server.engine.base import RoutedTokens
+from server.engine.base import RoutedTokens, SwitchReport
 
 RETAIN = "retain"
 """Label of the retain expert; therefore no forget domain may have this name."""
@@ -41,6 +41,17 @@ class AlterMetrics:
             registry=registry,
             buckets=PAUSE_BUCKETS_S,
         )
+        self._switched_requests = Counter(
+            "alter_switched_requests",
+            "Requests that ran at a switch of experts, by what became of them",
+            ["outcome"],
+            registry=registry,
+        )
+        self._recomputed_tokens = Counter(
+            "alter_recomputed_tokens",
+            "Tokens computed before a switch of experts that it made the engine compute again",
+            registry=registry,
+        )
         self._routed_tokens = Counter(
             "alter_routed_tokens",
             "Tokens computed by an expert, by path of Eq. 9",
@@ -49,15 +60,20 @@ class AlterMetrics:
         )
         self.set_state(epoch=0, num_domains=0)
         self.add_routed_tokens(RETAIN, high=0, low=0)
+        for outcome in ("kept", "recomputed"):
+            self._switched_requests.labels(outcome=outcome)
 
     def set_state(self, *, epoch: int, num_domains: int) -> None:
         """Publishes what is active."""
         self._epoch.set(epoch)
         self._num_domains.set(num_domains)
 
-    def observe_switch(self, pause_s: float) -> None:
+    def observe_switch(self, report: SwitchReport) -> None:
         """Records one finished switch."""
-        self._pause_s.observe(pause_s)
+        self._pause_s.observe(report.pause_s)
+        self._switched_requests.labels(outcome="kept").inc(report.kept_requests)
+        self._switched_requests.labels(outcome="recomputed").inc(report.recomputed_requests)
+        self._recomputed_tokens.inc(report.recomputed_tokens)
 
     def add_routed_tokens(self, expert: str, *, high: int, low: int) -> None:
         """Adds to an expert's counters, creating them if they are new."""

@@ -183,7 +183,7 @@ def _alter_options(substrate: Path, max_domains: int) -> dict[str, Any]:
     args = Namespace(additional_config=None)
     settings = ServeSettings(substrate=substrate, max_domains=max_domains)
     configure(args, settings, Substrate.read(substrate))
-    chosen = ("worker_cls", "additional_config", "async_scheduling")
+    chosen = ("worker_cls", "scheduler_cls", "additional_config", "async_scheduling")
     return {name: getattr(args, name) for name in chosen}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import datetime
 from typing import Any, Literal
 
@@ -22,7 +23,14 @@ _DOMAIN_EXAMPLE: dict[str, Any] = {
     "routed_tokens": {"high": 120, "low": 3310},
     "evaluation": {"forget_probability": 0.01},
 }
-_SWITCH_EXAMPLE: dict[str, Any] = {"epoch": 4, "stage_s": 0.21, "pause_s": 0.057}
+_SWITCH_EXAMPLE: dict[str, Any] = {
+    "epoch": 4,
+    "stage_s": 0.21,
+    "pause_s": 0.012,
+    "kept_requests": 14,
+    "recomputed_requests": 2,
+    "recomputed_tokens": 310,
+}
 
 
 class _Response(BaseModel):
@@ -64,11 +72,14 @@ class Switch(_Response):
     epoch: int
     stage_s: float
     pause_s: float
+    kept_requests: int = Field(description="Running requests that no expert touches: they went on.")
+    recomputed_requests: int
+    recomputed_tokens: int = Field(description="Tokens of those, as computed before the switch.")
 
     @classmethod
     def of(cls, report: SwitchReport) -> Switch:
         """From the engine's report."""
-        return cls(epoch=report.epoch, stage_s=report.stage_s, pause_s=report.pause_s)
+        return cls(**dataclasses.asdict(report))
 
 
 class ForgetDomain(_Response):

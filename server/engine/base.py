@@ -35,6 +35,12 @@ class SwitchReport:
     """Reading and verifying on the workers, before the pause."""
     pause_s: float
     """For how long no token was generated."""
+    kept_requests: int
+    """Running requests that no expert touched before or touches after; they went on as they were."""
+    recomputed_requests: int
+    """Running requests that were computed again from their first token."""
+    recomputed_tokens: int
+    """Tokens of those that had been computed before the pause."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

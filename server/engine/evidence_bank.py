@@ -23,6 +23,11 @@ from alter_core.evidence import NO_EVIDENCE, EvidenceHead, windowed_max
 
 IntArray = NDArray[np.int64]
 
+_SCAN_TOKENS = 1024
+"""Positions of one text that are scored at a time."""
+_FIRES_ABOVE = -1e-3
+"""Evidence that counts as firing for `fires`: a product of another shape may round to the other side of 0."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTokens:
@@ -69,16 +74,17 @@ class EvidenceBank:
         """Does ahead what `set_head` would have to do for this head. Safe beside running steps."""
 
     def fires(self, token_ids: NDArray[np.int32]) -> bool:
-        """True if the evidence of any active domain is positive anywhere. Shapes: (M,) -> ()."""
-        return bool((self._text_scores(token_ids) > 0).any())
+        """True if any active head finds evidence at any position. Shapes: token_ids (M,)."""
+        # Written so that a NaN counts as firing.
+        return not bool((self._text_scores(token_ids) <= _FIRES_ABOVE).all())
 
     def _text_scores(self, token_ids: NDArray[np.int32]) -> Tensor:
         """Evidence of every token of one text. Shapes: (M,) -> (M, N)."""
-        if not self._heads:
-            return torch.empty(len(token_ids), 0, device=self._device)
-        num_tokens = len(token_ids)
-        rows, positions = np.zeros(num_tokens, dtype=np.int64), np.arange(num_tokens)
-        return self._score(token_ids[None], rows, positions)
+        scores = [torch.empty(0, len(self._heads), device=self._device)]
+        for start in range(0, len(token_ids) if self._heads else 0, _SCAN_TOKENS):
+            positions = np.arange(start, min(start + _SCAN_TOKENS, len(token_ids)))
+            scores.append(self._score(token_ids[None], np.zeros_like(positions), positions))
+        return torch.cat(scores)
 
     def _restack(self) -> None:
         order = sorted(self._heads)

@@ -1,16 +1,18 @@
 """`ForgetEngine` over a running vLLM `EngineClient`: the switch protocol and the canary.
 
-    stage    read, verify and shard on every worker       generation runs on
+    stage    read, verify and shard on every worker        in a thread, generation runs on
     pause    the scheduler freezes after the current step
-    commit   copy into the slot, begin the epoch           on every worker
-    reset    drop the prefix cache; running requests will be recomputed from their first token
+    commit   copy into the slot, begin the epoch            on every worker
+    reset    drop the prefix cache; running requests will be recomputed from their first token, but
+             for those that no expert touched before the commit or touches after it
     resume
 
-No token generated after the resume attends to keys and values from before the pause.
+No token generated after the resume attends to keys and values that the change would have made different.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 import uuid
@@ -25,6 +27,7 @@ from alter_core.errors import CanaryError, EngineError, SwitchError
 from .base import CanaryReport, EngineState, InFlight, RoutedTokens, SwitchReport
 
 _RPC_TIMEOUT_S = 300.0
+_STAGE_POLL_S = 0.01
 _CANARY_PROMPT_TOKENS = 8
 _MIN_CANARY_CHANGE = 1e-2
 """Nats. The planted expert is as strong as the layer itself; noise between equal runs is far below."""
@@ -58,24 +61,34 @@ class VllmForgetEngine:
             await self._stage(bundle, digest)
         staged = time.monotonic()
         try:
-            await self._client.pause_generation(
-                mode="keep" if in_flight == "recompute" else "abort", clear_cache=True
+            # Without `AsyncLLM.pause_generation`'s sleep of 20 ms, which only lets outputs be delivered
+            # first, and without its reset of the cache, which would preempt every request.
+            await self._client.engine_core.pause_scheduler_async(
+                mode="keep" if in_flight == "recompute" else "abort", clear_cache=False
             )
-            await self._rpc("alter_commit", epoch, slot, digest)
-            await self._require_state(epoch, slot, digest)
-            await self._reset_cache()
+            committed = await self._rpc("alter_commit", epoch, slot, digest)
+            self._require_committed(committed, epoch, slot, digest)
+            recomputed = await self._reset_touched(committed)
         except Exception as error:
             await self._roll_back(error)
         await self._rpc("alter_confirm")
         await self._client.resume_generation()
         return SwitchReport(
-            epoch=epoch, stage_s=staged - started, pause_s=time.monotonic() - staged
+            epoch=epoch,
+            stage_s=staged - started,
+            pause_s=time.monotonic() - staged,
+            **recomputed,
         )
 
     async def _stage(self, bundle: Path, digest: str | None) -> None:
         try:
-            await self._rpc("alter_stage", str(bundle), digest)
+            async with asyncio.timeout(_RPC_TIMEOUT_S):
+                await self._rpc("alter_start_staging", str(bundle), digest)
+                while not all(await self._rpc("alter_is_staged", digest)):
+                    await asyncio.sleep(_STAGE_POLL_S)
         except Exception as error:
+            with contextlib.suppress(Exception):
+                await self._rpc("alter_unstage")
             raise SwitchError(
                 "A worker could not stage the expert; nothing has changed",
                 got=str(error),
@@ -101,8 +114,10 @@ class VllmForgetEngine:
             fix="Restart the server; its domains are applied before it answers.",
         ) from cause
 
-    async def _require_state(self, epoch: int, slot: int, digest: str | None) -> None:
-        state = await self.state()
+    def _require_committed(
+        self, committed: list[dict[str, Any]], epoch: int, slot: int, digest: str | None
+    ) -> None:
+        state = self._agreed(committed)
         if state.epoch != epoch or state.digests[slot] != digest:
             raise EngineError(
                 "The workers do not hold what was committed",
@@ -110,17 +125,39 @@ class VllmForgetEngine:
                 got=f"epoch {state.epoch} with {state.digests[slot]}",
             )
 
+    async def _reset_touched(self, committed: list[dict[str, Any]]) -> dict[str, int]:
+        """Drops the prefix cache, and running requests unless all workers call them untouched.
+
+        Returns: what `AlterScheduler.reset_prefix_cache` reports.
+        """
+        untouched = set.intersection(*(set(answer["untouched"].items()) for answer in committed))
+        # The client's own method would make a bool of the answer.
+        report: Any = await self._client.engine_core.call_utility_async(
+            "reset_prefix_cache", {"untouched": dict(untouched)}, True
+        )
+        if not isinstance(report, dict):
+            raise EngineError(
+                "vLLM did not say what it recomputes",
+                expected="the report of ALTER's scheduler",
+                got=str(report),
+                fix="Start the engine with scheduler_cls server.engine.scheduler.AlterScheduler.",
+            )
+        return report
+
     async def _reset_cache(self) -> None:
         if not await self._client.reset_prefix_cache(reset_running_requests=True):
             raise EngineError("vLLM did not drop its prefix cache", expected="True", got="False")
 
     async def state(self) -> EngineState:
         """See `ForgetEngine.state`."""
-        states = await self._rpc("alter_state")
-        if any(state != states[0] for state in states):
+        return self._agreed(await self._rpc("alter_state"))
+
+    def _agreed(self, states: list[dict[str, Any]]) -> EngineState:
+        held = [EngineState(epoch=s["epoch"], digests=tuple(s["digests"])) for s in states]
+        if any(state != held[0] for state in held):
             self._is_trusted = False
-            raise EngineError("The workers disagree about what they apply", got=str(states))
-        return EngineState(epoch=states[0]["epoch"], digests=tuple(states[0]["digests"]))
+            raise EngineError("The workers disagree about what they apply", got=str(held))
+        return held[0]
 
     async def routed_tokens(self) -> list[RoutedTokens]:
         """See `ForgetEngine.routed_tokens`."""

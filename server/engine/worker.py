@@ -6,7 +6,10 @@ Remote methods return plain types only: they travel through vLLM's message queue
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,13 @@ from .gate import RouteRecord
 from .hook import install
 
 _CANARY_SEED = 20260301
+_STAGING_NICENESS = 5
+"""Gives a thread that reads a bundle a quarter of a core that is wanted by a step too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Occupant:
-    """What a slot holds, in host memory, so that it can be put back."""
+    """All that a slot holds, to be put there or to be put back."""
 
     digest: str | None
     lora_b: dict[str, Tensor] | None
@@ -62,8 +67,8 @@ class AlterWorkerMixin:
             dtype=self.vllm_config.model_config.dtype,
             device=self.device,
         )
-        self._occupants = [_EMPTY] * settings["max_domains"]
-        self._staged: dict[str, _Occupant] = {}
+        self._digests: list[str | None] = [None] * settings["max_domains"]
+        self._staging: tuple[str, Future[_Occupant]] | None = None
         self._undo: tuple[int, int, _Occupant] | None = None
         self._epoch = 0
         self._wrap_model_forward()
@@ -87,6 +92,39 @@ class AlterWorkerMixin:
 
     def alter_stage(self, bundle: str, digest: str) -> None:
         """Reads, verifies and shards an expert into host memory. Nothing that runs changes."""
+        self._start_staging(bundle, digest).result()
+
+    def alter_start_staging(self, bundle: str, digest: str) -> None:
+        """As `alter_stage` in a thread, beside the steps; takes the place of what was staged before."""
+        self._start_staging(bundle, digest)
+
+    def alter_is_staged(self, digest: str) -> bool:
+        """Whether the thread is done. Raises: what `alter_stage` would."""
+        staged = self._staged(digest)
+        if staged.done():
+            staged.result()
+        return staged.done()
+
+    def alter_unstage(self) -> None:
+        """Lets go of what is staged; a thread that still reads ends for nothing."""
+        self._staging = None
+
+    def _start_staging(self, bundle: str, digest: str) -> Future[_Occupant]:
+        staged: Future[_Occupant] = Future()
+
+        def stage() -> None:
+            # A CPU worker is bound to the core that its steps also need. Linux: of this thread alone.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STAGING_NICENESS)
+            try:
+                staged.set_result(self._read(bundle, digest))
+            except Exception as error:
+                staged.set_exception(error)
+
+        self._staging = (digest, staged)
+        threading.Thread(target=stage, name="alter-stage", daemon=True).start()
+        return staged
+
+    def _read(self, bundle: str, digest: str) -> _Occupant:
         expert = ForgetExpert.read(Path(bundle), self._substrate)
         if expert.digest != digest:
             raise EngineError(
@@ -94,26 +132,47 @@ class AlterWorkerMixin:
                 expected=digest,
                 got=str(expert.digest),
             )
-        occupant = _Occupant(
-            digest=digest, lora_b=self._slots.shard_expert(expert.lora_b), head=expert.evidence
-        )
-        self._staged = {digest: occupant}
+        lora_b = self._slots.shard_expert(expert.lora_b)
+        if self.vllm_config.parallel_config.tensor_parallel_size == 1:
+            # Elsewhere embeddings are collective, and must not be asked for beside a step.
+            self._gate.bank.prepare(expert.evidence)
+        return _Occupant(digest=digest, lora_b=lora_b, head=expert.evidence)
 
-    def alter_commit(self, epoch: int, slot: int, digest: str | None) -> None:
-        """Puts the staged expert into a slot, or empties it (None), and begins an epoch."""
-        if digest is not None and digest not in self._staged:
+    def _staged(self, digest: str) -> Future[_Occupant]:
+        if self._staging is None or self._staging[0] != digest:
             raise EngineError(
-                "No such expert is staged", expected=digest, got=str(list(self._staged))
+                "No such expert is staged",
+                expected=digest,
+                got="none" if self._staging is None else self._staging[0],
             )
-        self._undo = (self._epoch, slot, self._occupants[slot])
-        self._occupy(slot, _EMPTY if digest is None else self._staged[digest])
+        return self._staging[1]
+
+    def alter_commit(self, epoch: int, slot: int, digest: str | None) -> dict[str, Any]:
+        """Puts the staged expert into a slot, or empties it (None), and begins an epoch.
+
+        Returns `alter_state` and, as `untouched`, the number of tokens by id of each request that no
+        active expert touched before or touches now. All ranks scan the same requests as often:
+        embeddings of a sharded table are collective.
+        """
+        scans = []
+        if digest is None or self._digests[slot] is not None:  # what was active may be so no more
+            scans.append(self._untouched())
+        occupant = _EMPTY
+        if digest is not None:
+            occupant = self._staged(digest).result(timeout=0)
+        self._undo = (self._epoch, slot, self._occupant(slot))
+        self._occupy(slot, occupant)
         self._gate.reset_counts(slot + 1)
-        self._staged.clear()
+        self._staging = None
         self._epoch = epoch
+        if digest is not None:  # what was not active may be so now
+            scans.append(self._untouched())
+        untouched = set.intersection(*(set(scan.items()) for scan in scans))
+        return self.alter_state() | {"untouched": dict(untouched)}
 
     def alter_rollback(self) -> None:
         """Undoes the last commit, if there was one since the last `alter_confirm`."""
-        self._staged.clear()
+        self._staging = None
         if self._undo is not None:
             self._epoch, slot, occupant = self._undo
             self._occupy(slot, occupant)
@@ -123,14 +182,36 @@ class AlterWorkerMixin:
         """Lets go of what a rollback would need."""
         self._undo = None
 
+    def _occupant(self, slot: int) -> _Occupant:
+        """A copy of what a slot holds."""
+        digest = self._digests[slot]
+        if digest is None:
+            return _EMPTY
+        return _Occupant(
+            digest=digest,
+            lora_b=self._slots.read(slot + 1),
+            head=self._gate.bank.head(slot + 1),
+        )
+
     def _occupy(self, slot: int, occupant: _Occupant) -> None:
         self._slots.write(slot + 1, occupant.lora_b)
         self._gate.bank.set_head(slot + 1, occupant.head)
-        self._occupants[slot] = occupant
+        self._digests[slot] = occupant.digest
+
+    def _untouched(self) -> dict[str, int]:
+        """Number of tokens by id of each request of the batch on which no active head fires."""
+        batch = self.model_runner.input_batch
+        untouched = {}
+        for row, request in enumerate(batch.req_ids[: batch.num_reqs]):
+            num_tokens = int(batch.num_tokens_no_spec[row])
+            is_quiet = not self._gate.bank.fires(batch.token_ids_cpu[row, :num_tokens])
+            if is_quiet and batch.is_token_ids[row, :num_tokens].all():
+                untouched[request] = num_tokens
+        return untouched
 
     def alter_state(self) -> dict[str, Any]:
         """What this worker applies."""
-        return {"epoch": self._epoch, "digests": [o.digest for o in self._occupants]}
+        return {"epoch": self._epoch, "digests": list(self._digests)}
 
     def alter_routed_tokens(self) -> list[list[int]]:
         """[high, low] by expert index."""

@@ -53,6 +53,7 @@ class EngineRun:
             "async_scheduling": False,
             "disable_log_stats": True,
             "worker_cls": "server.engine.worker.AlterCPUWorker",
+            "scheduler_cls": "server.engine.scheduler.AlterScheduler",
             "additional_config": {
                 "alter": {"substrate": str(bundles.substrate), "max_domains": max_domains}
             },

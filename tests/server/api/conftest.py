@@ -68,7 +68,14 @@ class InMemoryEngine:
         self.counts.pop(slot, None)
         if digest is not None:
             self.counts[slot] = (0, 0)
-        return SwitchReport(epoch=epoch, stage_s=0.02, pause_s=0.03)
+        return SwitchReport(
+            epoch=epoch,
+            stage_s=0.02,
+            pause_s=0.03,
+            kept_requests=5,
+            recomputed_requests=2,
+            recomputed_tokens=130,
+        )
 
     async def state(self) -> EngineState:
         return self.lie or EngineState(epoch=self.epoch, digests=tuple(self.digests))

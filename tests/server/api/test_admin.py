@@ -61,7 +61,14 @@ def test_life_of_a_domain(over_http: Any, bundles: TinyBundles) -> None:
         assert created.headers["etag"] == '"1"'
         answer = created.json()
         assert answer["outcome"] == "created"
-        assert answer["switch"] == {"epoch": 1, "stage_s": 0.02, "pause_s": 0.03}
+        assert answer["switch"] == {
+            "epoch": 1,
+            "stage_s": 0.02,
+            "pause_s": 0.03,
+            "kept_requests": 5,
+            "recomputed_requests": 2,
+            "recomputed_tokens": 130,
+        }
         assert answer["digest"].startswith("sha256:")
         assert answer["evaluation"] == {"forget_probability": 0.01}
 

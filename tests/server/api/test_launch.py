@@ -65,6 +65,7 @@ def parsed(*flags: str) -> Namespace:
         ["--headless"],
         ["--grpc"],
         ["--worker-cls", "some.Worker"],
+        ["--scheduler-cls", "some.Scheduler"],
         ["--worker-extension-cls", "some.Extension"],
         ["--model-impl", "transformers"],
         ["--async-scheduling"],
@@ -164,6 +165,7 @@ def test_vllm_gets_our_worker_and_keeps_the_users_configuration(
     args = parsed("--additional-config", json.dumps({"mine": {"x": 1}}))
     launch.configure(args, settings, substrate)
     assert args.worker_cls == "server.engine.worker.AlterCPUWorker"
+    assert args.scheduler_cls == "server.engine.scheduler.AlterScheduler"
     assert args.async_scheduling is False
     assert args.alter_settings is settings
     assert args.additional_config == {

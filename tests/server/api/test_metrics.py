@@ -82,6 +82,12 @@ def test_metrics_follow_the_service(
     assert registry.get_sample_value("alter_switch_seconds_count") == 3
     assert registry.get_sample_value("alter_switch_seconds_bucket", {"le": "0.025"}) == 0
     assert registry.get_sample_value("alter_switch_seconds_bucket", {"le": "0.05"}) == 3
+    switched = {
+        o: registry.get_sample_value("alter_switched_requests_total", {"outcome": o})
+        for o in ("kept", "recomputed")
+    }
+    assert switched == {"kept": 15, "recomputed": 6}
+    assert registry.get_sample_value("alter_recomputed_tokens_total") == 390
 
 
 def test_a_silent_engine_holds_up_nothing(substrate: Substrate) -> None:
@@ -122,6 +128,8 @@ def test_collectors_appear_in_an_exposition(registry: CollectorRegistry) -> None
         "alter_epoch 0.0",
         "alter_domains_active 0.0",
         'alter_switch_seconds_bucket{le="0.005"} 0.0',
+        'alter_switched_requests_total{outcome="kept"} 0.0',
+        "alter_recomputed_tokens_total 0.0",
         'alter_routed_tokens_total{expert="retain",path="low"} 0.0',
     ):
         assert name in text

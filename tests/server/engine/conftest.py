@@ -11,6 +11,8 @@ from tests.support.tiny import TinyBundles, make_bundles
 
 MAX_BATCHED_TOKENS = 64
 """Small, so that prompts of the tests are prefilled in chunks."""
+BLOCK_TOKENS = 32
+"""Small, so that prompts of the tests fill blocks of the prefix cache."""
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +22,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> TinyBundles:
 
 @pytest.fixture(scope="session")
 def compiled_engine(bundles: TinyBundles) -> Iterator[EngineRun]:
-    yield from running(bundles, max_num_batched_tokens=MAX_BATCHED_TOKENS, max_num_seqs=16)
+    yield from running(
+        bundles,
+        max_num_batched_tokens=MAX_BATCHED_TOKENS,
+        max_num_seqs=16,
+        block_size=BLOCK_TOKENS,
+    )
 
 
 @pytest.fixture
