@@ -145,9 +145,11 @@ def _add_scale(figures: Figures, model: str, result: Result, settings: BenchSett
     ]
     figures.add(f"{model}/scale/{many}_over_{few}", _lowest(found))
     floor = floor_of(Sizes.of(SHAPES[model]))
-    more = result["memory_bytes"][many] - result["memory_bytes"][few]
+    idle, busy = result["idle_memory_bytes"], result["memory_bytes"]
     tensors = (settings.many_domains - settings.few_domains) * (floor.b_bytes + floor.head_bytes)
-    figures.add(f"{model}/scale/slot_memory_over_tensors", more / tensors)
+    figures.add(f"{model}/scale/slot_memory_over_tensors", (idle[many] - idle[few]) / tensors)
+    grown = {engine: busy[engine] - idle[engine] for engine in (few, many)}
+    figures.add(f"{model}/scale/router_tables_mib", (grown[many] - grown[few]) / 2**20)
 
 
 def _add_online(figures: Figures, prefix: str, result: Result) -> None:
@@ -179,7 +181,8 @@ def _add_switch(figures: Figures, prefix: str, result: Result) -> None:
     figures.add(f"{prefix}/gap_p50_ms", median(gaps))
     figures.add(f"{prefix}/step_ms", result["step_s"] * 1000)
     figures.add(f"{prefix}/pause_ms", Spread.of(p * 1000 for p in result["pause_s"]))
-    figures.add(f"{prefix}/tokens_in_flight", Spread.of(result["tokens_in_flight"]))
+    for count in ("tokens_in_flight", "kept_requests", "recomputed_requests", "recomputed_tokens"):
+        figures.add(f"{prefix}/{count}", Spread.of(result[count]))
     figures.add(f"{prefix}/post_to_active_s", Spread.of(result["post_to_active_s"]))
     figures.add(f"{prefix}/delete_to_revoked_s", Spread.of(result["delete_to_revoked_s"]))
     figures.add(f"{prefix}/bundle_mib", result["bundle_bytes"] / 2**20)

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from alter_core.errors import EngineError
+from server.api.models import Switch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,8 @@ class Change:
     is_activation: bool
     started: float
     ended: float
-    pause_s: float
-    """For how long the engine says that it generated nothing."""
+    switch: Switch
+    """What the server says of it."""
 
 
 @dataclasses.dataclass(frozen=True)

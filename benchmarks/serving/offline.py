@@ -101,6 +101,8 @@ class Engine:
         self._processes = set(descendants(os.getpid())) - before
         if num_domains:
             self._activate(family.experts)
+        self.idle_memory_bytes = self.memory_bytes()
+        """Before any request: without what the router's tables take as tokens appear."""
 
     def _activate(self, bundles: Sequence[Path]) -> None:
         for slot, bundle in enumerate(bundles):
@@ -216,6 +218,7 @@ def measure(
         "rates": rates,
         "expert_share": shares,
         "num_domains": {engine.name: engine.num_domains for engine in engines},
+        "idle_memory_bytes": {engine.name: engine.idle_memory_bytes for engine in engines},
         "memory_bytes": {engine.name: engine.memory_bytes() for engine in engines},
         "start_s": {engine.name: engine.start_s for engine in engines},
     }

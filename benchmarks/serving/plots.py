@@ -79,10 +79,10 @@ def _draw_latency(axis: Axes, result: Result) -> None:
 def _draw_switch(axis: Axes, result: Result) -> None:
     """Gap beyond a plain step against the tokens that the switch recomputes."""
     gaps = [gap * 1000 for gap in result["gap_beyond_step_s"]]
-    axis.scatter(result["tokens_in_flight"], gaps, s=16, label="longest gap of a stream")
+    axis.scatter(result["recomputed_tokens"], gaps, s=16, label="longest gap of a stream")
     pauses = [pause * 1000 for pause in result["pause_s"]]
-    axis.scatter(result["tokens_in_flight"], pauses, s=16, label="pause of the engine")
-    axis.set_xlabel("tokens in flight")
+    axis.scatter(result["recomputed_tokens"], pauses, s=16, label="pause of the engine")
+    axis.set_xlabel("tokens computed again")
     axis.set_ylabel("ms")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=8)

@@ -30,7 +30,7 @@ from .traffic import Traffic, TrafficKind
 
 NUM_STREAMS = 16
 PROMPT_TOKENS = 32
-ANSWER_TOKENS = 96
+ANSWER_TOKENS = range(64, 129)
 _LATE = "late"
 """Name of the domain that comes and goes."""
 
@@ -54,7 +54,10 @@ def measure(
         "bundle_bytes": sum(file.stat().st_size for file in bundle.iterdir()),
         "step_s": step_s,
         "gap_beyond_step_s": [gap_beyond_step_s(streams, change, step_s) for change in changes],
-        "pause_s": [change.pause_s for change in changes],
+        "pause_s": [change.switch.pause_s for change in changes],
+        "kept_requests": [change.switch.kept_requests for change in changes],
+        "recomputed_requests": [change.switch.recomputed_requests for change in changes],
+        "recomputed_tokens": [change.switch.recomputed_tokens for change in changes],
         "tokens_in_flight": [
             sum(stream.tokens_at(change.started) for stream in streams) for change in changes
         ],
@@ -75,8 +78,10 @@ async def _under_load(
 
     async def keep_streaming(session: aiohttp.ClientSession) -> None:
         while not is_over.is_set():
-            ids = traffic.prompt(TrafficKind.MIXED, PROMPT_TOKENS, next(numbers))
-            output = await async_request_openai_completions(_request(ours, ids), session)
+            number = next(numbers)
+            ids = traffic.prompt(TrafficKind.MIXED, PROMPT_TOKENS, number)
+            request = _request(ours, ids, _answer_tokens(number))
+            output = await async_request_openai_completions(request, session)
             if not output.success:
                 raise EngineError("A stream broke off", got=output.error[-300:])
             streams.append(
@@ -105,12 +110,17 @@ async def _under_load(
     return streams, changes
 
 
-def _request(ours: Started, ids: list[int]) -> RequestFuncInput:
+def _answer_tokens(number: int) -> int:
+    """Of a request: spread over the range, so that streams do not end together."""
+    return ANSWER_TOKENS[37 * number % len(ANSWER_TOKENS)]
+
+
+def _request(ours: Started, ids: list[int], answer_tokens: int) -> RequestFuncInput:
     return RequestFuncInput(
         prompt=ids,  # type: ignore[arg-type]
         api_url=f"{ours.server.url}/v1/completions",
         prompt_len=len(ids),
-        output_len=ANSWER_TOKENS,
+        output_len=answer_tokens,
         model=ours.server.model,
         ignore_eos=True,
         extra_body={"temperature": 0},
@@ -122,11 +132,11 @@ def _activate(admin: AdminClient, bundle: Path) -> Change:
     answer = admin.activate(_LATE, str(bundle))
     ended = time.perf_counter()
     assert answer.switch is not None
-    return Change(is_activation=True, started=started, ended=ended, pause_s=answer.switch.pause_s)
+    return Change(is_activation=True, started=started, ended=ended, switch=answer.switch)
 
 
 def _revoke(admin: AdminClient, bundle: Path) -> Change:
     started = time.perf_counter()
     answer = admin.revoke(_LATE)
     ended = time.perf_counter()
-    return Change(is_activation=False, started=started, ended=ended, pause_s=answer.switch.pause_s)
+    return Change(is_activation=False, started=started, ended=ended, switch=answer.switch)

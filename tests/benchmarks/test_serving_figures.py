@@ -33,6 +33,7 @@ def _offline(*engines: str) -> Result:
     return MEASURED | {
         "rates": rates,
         "expert_share": {},
+        "idle_memory_bytes": dict.fromkeys(rates, 2**30),
         "memory_bytes": dict.fromkeys(rates, 2**30),
     }
 
@@ -41,7 +42,8 @@ def _scale() -> Result:
     floor = floor_of(Sizes.of(SHAPES["150m"]))
     result = _offline("n1", "n256")
     tensors = 255 * (floor.b_bytes + floor.head_bytes)
-    result["memory_bytes"]["n256"] += 1.04 * tensors
+    result["idle_memory_bytes"]["n256"] += 1.04 * tensors
+    result["memory_bytes"]["n256"] += 1.04 * tensors + 3 * 2**20
     return result
 
 
@@ -51,6 +53,9 @@ def _switch() -> Result:
         "gap_beyond_step_s": [0.01, 0.02, 0.03],
         "pause_s": [0.005, 0.006, 0.007],
         "tokens_in_flight": [900, 1000, 1100],
+        "kept_requests": [14, 15, 16],
+        "recomputed_requests": [2, 1, 0],
+        "recomputed_tokens": [120, 60, 0],
         "post_to_active_s": [0.5, 0.3],
         "delete_to_revoked_s": [0.2],
         "bundle_bytes": 20 * 2**20,
@@ -100,6 +105,7 @@ def test_named_figures_are_ratios_of_the_headline_model_round_by_round() -> None
     assert values["post_to_active_s"] == pytest.approx(0.8)
     assert values["switch_gap_p99_ms"] == pytest.approx(29.8)
     assert values["150m/scale/slot_memory_over_tensors"] == pytest.approx(1.04, abs=0.001)
+    assert values["150m/scale/router_tables_mib"] == pytest.approx(3)
 
 
 def test_names_are_those_of_the_issue_and_gpu_ones_are_null_with_a_reason() -> None:

@@ -4,10 +4,14 @@ import pytest
 
 from alter_core.errors import EngineError
 from benchmarks.serving.gaps import Change, Stream, gap_beyond_step_s
+from server.api.models import Switch
 
 
 def _change(started: float, ended: float) -> Change:
-    return Change(is_activation=True, started=started, ended=ended, pause_s=0.0)
+    switch = Switch(
+        epoch=1, stage_s=0, pause_s=0, kept_requests=0, recomputed_requests=0, recomputed_tokens=0
+    )
+    return Change(is_activation=True, started=started, ended=ended, switch=switch)
 
 
 STREAMS = [
