@@ -21,6 +21,7 @@ from typing import Any
 
 from alter_cli.demo.artefacts import package_folder, sources
 from alter_core.errors import EvaluationError
+from server.engine import native
 
 from .artefacts import Artefacts
 from .settings import BenchSettings
@@ -54,8 +55,9 @@ def blocks_of(settings: BenchSettings) -> dict[str, Block]:
         "offline": _offline((settings.num_domains,), has_lora=True),
         "scale": _offline((settings.few_domains, settings.many_domains)),
         **{f"n{count}": _offline((count,)) for count in settings.other_domains},
-        "switch": functools.partial(_switch, is_heavy=False),
-        "activation": functools.partial(_switch, is_heavy=True),
+        "switch": functools.partial(_switch, traffic=TrafficKind.MIXED),
+        "switch_retain": functools.partial(_switch, traffic=TrafficKind.RETAIN),
+        "activation": functools.partial(_switch, traffic=TrafficKind.MIXED, is_heavy=True),
         "startup": _startup,
         **{f"online_{kind}": functools.partial(_online, kind=kind) for kind in TrafficKind},
     }
@@ -87,10 +89,17 @@ def _online(
     return online.measure(made, settings, scratch, kind=kind)
 
 
-def _switch(made: Artefacts, settings: BenchSettings, scratch: Path, *, is_heavy: bool) -> Result:
+def _switch(
+    made: Artefacts,
+    settings: BenchSettings,
+    scratch: Path,
+    *,
+    traffic: TrafficKind,
+    is_heavy: bool = False,
+) -> Result:
     from . import switch
 
-    return switch.measure(made, settings, scratch, is_heavy=is_heavy)
+    return switch.measure(made, settings, scratch, kind=traffic, is_heavy=is_heavy)
 
 
 def _startup(made: Artefacts, settings: BenchSettings, scratch: Path) -> Result:
@@ -132,6 +141,7 @@ def _measured_sources() -> str:
     ours = [path for path in sorted(here.glob("*.py")) if path.stem not in _SHOWING]
     texts = [path.read_text("utf-8") for path in ours]
     texts += [sources(package_folder(package)) for package in _MEASURED_PACKAGES]
+    texts += [path.read_text("utf-8") for path in native.sources()]
     return "\0".join(texts)
 
 

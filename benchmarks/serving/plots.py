@@ -28,7 +28,11 @@ def plot_all(
     for plot, draw, blocks in (
         ("throughput", _draw_throughput, [f"offline-{model}", f"scale-{model}"]),
         ("latency", _draw_latency, [f"online_{kind}-{model}" for kind in TrafficKind]),
-        ("switch", _draw_switch, [f"switch-{model}", f"activation-{model}"]),
+        (
+            "switch",
+            _draw_switch,
+            [f"{kind}-{model}" for kind in ("switch", "switch_retain", "activation")],
+        ),
     ):
         found = [(block, results[block]) for block in blocks if block in results]
         if not found:

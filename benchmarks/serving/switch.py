@@ -1,7 +1,7 @@
-"""Activations and revocations while 16 streams run: the switch and activation blocks.
+"""Activations and revocations while 16 streams run: the switch, switch_retain and activation blocks.
 
-The streams are those of vLLM's own benchmark client, one request after another. Every switch recomputes what
-runs, so the gap in a stream grows with the tokens in flight: they are counted.
+The streams are those of vLLM's own benchmark client, one request after another. A switch recomputes the streams
+that an active expert touches, so a gap grows with their tokens: they are counted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LATE = "late"
 
 
 def measure(
-    made: Artefacts, settings: BenchSettings, scratch: Path, *, is_heavy: bool
+    made: Artefacts, settings: BenchSettings, scratch: Path, *, kind: TrafficKind, is_heavy: bool
 ) -> dict[str, Any]:
     """Switches on a server that has `num_domains` active; a heavy bundle weighs what a 7B's weighs."""
     count = settings.num_domains
@@ -44,7 +44,7 @@ def measure(
     traffic = Traffic(made.prose, made.names, num_domains=count)
     with our_server(made, family, scratch / "ours.log", num_domains=count, free_slots=1) as ours:
         memory_before = ours.memory_bytes()
-        streams, changes = asyncio.run(_under_load(ours, family, traffic, settings))
+        streams, changes = asyncio.run(_under_load(ours, family, traffic, kind, settings))
         memory_after = ours.memory_bytes()
     step_s = median(gap for stream in streams for gap in stream.gaps)
     bundle = family.experts[count]
@@ -70,7 +70,7 @@ def measure(
 
 
 async def _under_load(
-    ours: Started, family: Family, traffic: Traffic, settings: BenchSettings
+    ours: Started, family: Family, traffic: Traffic, kind: TrafficKind, settings: BenchSettings
 ) -> tuple[list[Stream], list[Change]]:
     is_over = asyncio.Event()
     numbers = itertools.count()
@@ -79,7 +79,7 @@ async def _under_load(
     async def keep_streaming(session: aiohttp.ClientSession) -> None:
         while not is_over.is_set():
             number = next(numbers)
-            ids = traffic.prompt(TrafficKind.MIXED, PROMPT_TOKENS, number)
+            ids = traffic.prompt(kind, PROMPT_TOKENS, number)
             request = _request(ours, ids, _answer_tokens(number))
             output = await async_request_openai_completions(request, session)
             if not output.success:

@@ -1,11 +1,11 @@
 """The evidence bank of a CPU: heads as tables that are looked up, by the kernels of `csrc/evidence.cpp`.
 
-The first layer of a head is linear, so what a token adds to a unit at a place of an n-gram is a constant
-of that token and head. A table holds it, in half precision, for every token seen so far; a token's first
-appearance costs one product for each active head, and every later one a look-up.
+The first layer of a head is linear, so what a token adds to a unit at a place of an n-gram is a constant of
+that token and head. A table (R, G, C, H) holds it, in half precision, for every token seen so far: a token's
+first appearance costs one product for each active head, and every later one a look-up.
 
-Legend: D embedding size, G n-gram, H units, N active domains, P requests that windows are kept of, R table
-rows, W window.
+Legend: C columns, one for each head that is kept, D embedding size, G n-gram, H units, M tokens, N active
+domains, R rows, one for each token seen, W window.
 """
 
 from __future__ import annotations
@@ -27,29 +27,32 @@ from .evidence_bank import EvidenceBank, StepTokens
 
 EVIDENCE_CACHE_BYTES = 2 << 30
 """Most that the tables of all slots may take; memory is taken row by row as tokens appear."""
+_SPARE_COLUMNS = 2
+"""For a head that is staged, and for one that a rollback would need."""
 _LANES = 16
 """The kernels read units by as many."""
 
 
 def cache_bytes(config: AlterConfig, *, vocab_size: int, max_domains: int) -> int:
     """What the tables take once every slot is occupied and every token was seen, or the budget."""
-    return min(EVIDENCE_CACHE_BYTES, vocab_size * max_domains * _row_bytes(config))
+    return min(EVIDENCE_CACHE_BYTES, vocab_size * _row_bytes(config, max_domains))
 
 
 def _padded_units(config: AlterConfig) -> int:
     return -(-config.evidence_units // _LANES) * _LANES
 
 
-def _row_bytes(config: AlterConfig) -> int:
-    """Of one token in one head's table."""
-    return config.evidence_ngram * _padded_units(config) * torch.half.itemsize
+def _row_bytes(config: AlterConfig, max_domains: int) -> int:
+    """Of one token."""
+    numbers = config.evidence_ngram * (max_domains + _SPARE_COLUMNS) * _padded_units(config)
+    return numbers * torch.half.itemsize
 
 
 @dataclasses.dataclass(eq=False)
-class _HeadTable:
-    """One head's table (R, G, H), and how many of its rows are filled, of which generation of rows."""
+class _Column:
+    """A head's column, and how many of its rows are filled, of which generation of rows."""
 
-    units: Tensor
+    index: int
     num_filled: int = 0
     generation: int = 0
 
@@ -69,13 +72,16 @@ class TableEvidenceBank(EvidenceBank):
         """`max_tokens`: most new tokens of a step; the tables have room for at least one request's."""
         self._padded_units = _padded_units(config)
         of_a_request = max_tokens + config.evidence_window + config.evidence_ngram
-        affordable = EVIDENCE_CACHE_BYTES // (_row_bytes(config) * max_domains)
+        affordable = EVIDENCE_CACHE_BYTES // _row_bytes(config, max_domains)
         self._capacity = min(vocab_size, max(affordable, of_a_request))
         self._row_of_token = torch.full((vocab_size,), -1, dtype=torch.int32)
         self._token_of_row = torch.zeros(self._capacity, dtype=torch.long)
         self._num_rows = 0
         self._generation = 0
-        self._tables: weakref.WeakKeyDictionary[EvidenceHead, _HeadTable] = (
+        num_columns = max_domains + _SPARE_COLUMNS
+        shape = (self._capacity, config.evidence_ngram, num_columns, self._padded_units)
+        self._table = torch.empty(shape, dtype=torch.half)
+        self._columns: weakref.WeakKeyDictionary[EvidenceHead, _Column] = (
             weakref.WeakKeyDictionary()
         )
         super().__init__(config, embed, torch.device("cpu"))
@@ -84,36 +90,39 @@ class TableEvidenceBank(EvidenceBank):
         """See `EvidenceBank.prepare`. Raises: EngineError if the head does not fit half precision."""
         self._catch_up(head)
 
-    def _table(self, head: EvidenceHead) -> _HeadTable:
-        if (table := self._tables.get(head)) is None:
-            shape = (self._capacity, self._config.evidence_ngram, self._padded_units)
-            table = self._tables[head] = _HeadTable(torch.empty(shape, dtype=torch.half))
-        return table
+    def _column(self, head: EvidenceHead) -> _Column:
+        if (column := self._columns.get(head)) is None:
+            taken = {column.index for column in self._columns.values()}
+            free = set(range(self._table.shape[2])) - taken
+            if not free:
+                raise EngineError("The router's tables have no room for another head")
+            column = self._columns[head] = _Column(min(free))
+        return column
 
     def _catch_up(self, head: EvidenceHead) -> None:
-        """Fills the rows that the table does not have yet."""
-        table, generation, num_rows = self._table(head), self._generation, self._num_rows
-        if table.generation != generation:
-            table.generation, table.num_filled = generation, 0
-        if table.num_filled < num_rows:
-            tokens = self._token_of_row[table.num_filled : num_rows]
-            self._fill(head, table, self._embed(tokens), slice(table.num_filled, num_rows))
-            table.num_filled = num_rows
+        """Fills the rows that the head's column does not have yet."""
+        column, generation, num_rows = self._column(head), self._generation, self._num_rows
+        if column.generation != generation:
+            column.generation, column.num_filled = generation, 0
+        if column.num_filled < num_rows:
+            rows = slice(column.num_filled, num_rows)
+            self._fill(head, column, self._embed(self._token_of_row[rows].clone()), rows)
 
-    def _fill(self, head: EvidenceHead, table: _HeadTable, embedded: Tensor, rows: slice) -> None:
+    def _fill(self, head: EvidenceHead, column: _Column, embedded: Tensor, rows: slice) -> None:
         ngram, num_units = self._config.evidence_ngram, self._config.evidence_units
-        target = table.units[rows]
+        target_MGH = self._table[rows, :, column.index]
         for place, weight in enumerate(head.fc1.weight.data.chunk(ngram, dim=1)):
-            target[:, place, :num_units] = embedded @ weight.T
-        target[:, -1, :num_units] += head.fc1.bias.data
-        target[:, :, num_units:] = 0
-        if not target.isfinite().all():
+            target_MGH[:, place, :num_units] = embedded @ weight.T
+        target_MGH[:, -1, :num_units] += head.fc1.bias.data
+        target_MGH[:, :, num_units:] = 0
+        if not target_MGH.isfinite().all():
             raise EngineError(
                 "An evidence head is too large for the router's tables",
                 expected="contributions of a token below 65,504",
                 got="a larger one",
                 fix="Train the expert again; its router has diverged.",
             )
+        column.num_filled = rows.stop
 
     def _restack(self) -> None:
         order = sorted(self._heads)
@@ -121,8 +130,8 @@ class TableEvidenceBank(EvidenceBank):
         self.experts = torch.tensor(order, dtype=torch.long)
         for head in heads:
             self._catch_up(head)
-        addresses = [self._table(head).units.data_ptr() for head in heads]
-        self._addresses = torch.tensor(addresses, dtype=torch.long)
+        columns = [self._column(head).index for head in heads]
+        self._active_columns = torch.tensor(columns, dtype=torch.long)
         self._w2 = torch.zeros(len(heads), self._padded_units)
         for place, head in enumerate(heads):
             self._w2[place, : self._config.evidence_units] = head.fc2.weight.data[0]
@@ -179,9 +188,8 @@ class TableEvidenceBank(EvidenceBank):
         return scores
 
     @property
-    def _kernel_tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        ngram = self._config.evidence_ngram
-        return self._row_of_token, self._addresses, self._w2, self._b2, ngram
+    def _kernel_tables(self) -> tuple[Tensor, ...]:
+        return self._row_of_token, self._table, self._active_columns, self._w2, self._b2
 
     def _with_rows(self, kernel: Callable[..., Tensor], *arguments: object) -> bool:
         """Calls a kernel, adding the rows that it names. False if they are too many for the tables."""
@@ -206,9 +214,9 @@ class TableEvidenceBank(EvidenceBank):
         self._num_rows = rows.stop
         embedded = self._embed(tokens)
         for head in self._heads.values():
-            table = self._tables[head]
-            self._fill(head, table, embedded, rows)
-            table.num_filled, table.generation = rows.stop, self._generation
+            column = self._columns[head]
+            self._fill(head, column, embedded, rows)
+            column.generation = self._generation
 
     def _find_states(self, request_ids: Sequence[str]) -> None:
         """Gives each request of the step the state it had in the step before, or a new one."""

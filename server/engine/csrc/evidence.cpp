@@ -6,7 +6,7 @@
 // and, of the block before, the maxima of its ends.
 //
 // Legend: Q requests, M positions, G n-gram, H units (padded to a multiple of 16), N active domains, W window,
-// S states, R table rows.
+// S states, R table rows, C columns, one for each head that is kept.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -25,23 +25,27 @@ constexpr int64_t kPrefetch = 4;    // domains ahead
 constexpr int64_t kGrain = 1 << 14; // table numbers that are worth a thread
 
 struct Heads {
-  const int64_t* tables;  // (N,) addresses of (R, G, H) of Half
-  const float* w2;        // (N, H)
-  const float* b2;        // (N,)
-  int64_t num_domains, ngram, units;
+  const c10::Half* table;   // (R, G, C, H): a token's part of all heads lies together
+  const int64_t* columns;   // (N,)
+  const float* w2;          // (N, H)
+  const float* b2;          // (N,)
+  int64_t num_domains, ngram, num_columns, units;
 
-  Heads(const at::Tensor& tables, const at::Tensor& w2, const at::Tensor& b2, int64_t ngram)
-      : tables(tables.const_data_ptr<int64_t>()),
+  Heads(const at::Tensor& table, const at::Tensor& columns, const at::Tensor& w2, const at::Tensor& b2)
+      : table(table.const_data_ptr<c10::Half>()),
+        columns(columns.const_data_ptr<int64_t>()),
         w2(w2.const_data_ptr<float>()),
         b2(b2.const_data_ptr<float>()),
         num_domains(w2.size(0)),
-        ngram(ngram),
-        units(w2.size(1)) {
-    TORCH_CHECK(units % kLanes == 0 && w2.is_contiguous(), "units must be padded");
+        ngram(table.size(1)),
+        num_columns(table.size(2)),
+        units(table.size(3)) {
+    TORCH_CHECK(units % kLanes == 0 && w2.size(1) == units, "units must be padded");
+    TORCH_CHECK(w2.is_contiguous() && table.is_contiguous(), "tables must be contiguous");
   }
 
   const c10::Half* part(int64_t domain, int64_t row, int64_t place) const {
-    return reinterpret_cast<const c10::Half*>(tables[domain]) + (row * ngram + place) * units;
+    return table + ((row * ngram + place) * num_columns + columns[domain]) * units;
   }
 
   // Evidence of all domains for one token. `rows` are the table rows of the n-gram, -1 before the start.
@@ -153,9 +157,10 @@ struct Window {
 // Returns token ids without a table row; if there are any, nothing was done.
 at::Tensor step(const at::Tensor& token_ids, const at::Tensor& starts, const at::Tensor& counts,
                 const at::Tensor& states, at::Tensor& ends, at::Tensor& filled, at::Tensor& blocks,
-                at::Tensor& running, const at::Tensor& row_of_token, const at::Tensor& tables,
-                const at::Tensor& w2, const at::Tensor& b2, int64_t ngram, at::Tensor& logits) {
-  const Heads heads(tables, w2, b2, ngram);
+                at::Tensor& running, const at::Tensor& row_of_token, const at::Tensor& table,
+                const at::Tensor& columns, const at::Tensor& w2, const at::Tensor& b2,
+                at::Tensor& logits) {
+  const Heads heads(table, columns, w2, b2);
   const int64_t width = blocks.size(1), num_domains = heads.num_domains;
   const int64_t* start_of = starts.const_data_ptr<int64_t>();
   const int64_t* count_of = counts.const_data_ptr<int64_t>();
@@ -173,7 +178,7 @@ at::Tensor step(const at::Tensor& token_ids, const at::Tensor& starts, const at:
               is_known ? start : std::max<int64_t>(0, start - (width - 1)), start,
               start + count_of[q], offset};
     offset += span.end - span.first;
-    look_up(span, ngram, row_of_token.const_data_ptr<int32_t>(), rows, missing);
+    look_up(span, heads.ngram, row_of_token.const_data_ptr<int32_t>(), rows, missing);
     spans.push_back(span);
   }
   if (!missing.empty()) return unique(missing);
@@ -203,13 +208,14 @@ at::Tensor step(const at::Tensor& token_ids, const at::Tensor& starts, const at:
 }
 
 // Evidence of every token of one text: `scores` (M, N) is written. Returns what `step` returns.
-at::Tensor scores(const at::Tensor& token_ids, const at::Tensor& row_of_token, const at::Tensor& tables,
-                  const at::Tensor& w2, const at::Tensor& b2, int64_t ngram, at::Tensor& scores) {
-  const Heads heads(tables, w2, b2, ngram);
+at::Tensor scores(const at::Tensor& token_ids, const at::Tensor& row_of_token, const at::Tensor& table,
+                  const at::Tensor& columns, const at::Tensor& w2, const at::Tensor& b2,
+                  at::Tensor& scores) {
+  const Heads heads(table, columns, w2, b2);
   const std::vector<Span> spans{{token_ids.const_data_ptr<int32_t>(), 0, 0, token_ids.size(0), 0}};
   std::vector<int32_t> rows;
   std::vector<int64_t> missing;
-  look_up(spans[0], ngram, row_of_token.const_data_ptr<int32_t>(), rows, missing);
+  look_up(spans[0], heads.ngram, row_of_token.const_data_ptr<int32_t>(), rows, missing);
   if (missing.empty()) score_all(heads, spans, rows, scores.data_ptr<float>());
   return unique(missing);
 }
@@ -220,11 +226,11 @@ at::Tensor scores(const at::Tensor& token_ids, const at::Tensor& row_of_token, c
 TORCH_LIBRARY_FRAGMENT(alter_cpu, library) {
   library.def(
       "evidence_step(Tensor token_ids, Tensor starts, Tensor counts, Tensor states, Tensor(a!) ends, "
-      "Tensor(b!) filled, Tensor(c!) blocks, Tensor(d!) running, Tensor row_of_token, Tensor tables, "
-      "Tensor w2, Tensor b2, int ngram, Tensor(e!) logits) -> Tensor",
+      "Tensor(b!) filled, Tensor(c!) blocks, Tensor(d!) running, Tensor row_of_token, Tensor table, "
+      "Tensor columns, Tensor w2, Tensor b2, Tensor(e!) logits) -> Tensor",
       &alter::step);
   library.def(
-      "evidence_scores(Tensor token_ids, Tensor row_of_token, Tensor tables, Tensor w2, Tensor b2, "
-      "int ngram, Tensor(a!) scores) -> Tensor",
+      "evidence_scores(Tensor token_ids, Tensor row_of_token, Tensor table, Tensor columns, "
+      "Tensor w2, Tensor b2, Tensor(a!) scores) -> Tensor",
       &alter::scores);
 }

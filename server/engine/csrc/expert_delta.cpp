@@ -5,7 +5,6 @@
 // A step's routes are a plan, made once by `alter::route` and read by every linear (see routes.h). With an
 // empty plan nothing is done. A token's delta does not depend on what else is in the batch: the order of its
 // sums is fixed.
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -173,9 +172,8 @@ void expert_delta(at::Tensor& y, const at::Tensor& x, const at::Tensor& plan,
               ", not ", x.size(1), " and ", y.size(1));
   TORCH_CHECK(x.scalar_type() == site.lora_a.scalar_type() && y.scalar_type() == x.scalar_type(),
               site_name, " is served in another type");
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "expert_delta", [&] {
-    if constexpr (!std::is_same_v<scalar_t, double>) add_delta<scalar_t>(y, x, routes, site);
-  });
+  ALTER_DISPATCH(x.scalar_type(), "expert_delta",
+                           [&] { add_delta<scalar_t>(y, x, routes, site); });
 }
 
 }  // namespace

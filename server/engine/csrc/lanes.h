@@ -4,6 +4,7 @@
 // extension cannot say what an instruction does.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -13,6 +14,12 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+
+// Runs a lambda with `scalar_t` for the types that models are served in.
+#define ALTER_DISPATCH(TYPE, NAME, ...)                                       \
+  AT_DISPATCH_SWITCH(TYPE, NAME, AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__)           \
+                                     AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__)           \
+                                         AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__))
 
 namespace alter {
 
@@ -61,9 +68,10 @@ inline void store(c10::Half* to, Floats lanes) {
   for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<c10::Half>(lanes[i]);
 }
 
-// The first `count` < 16 numbers; the other lanes are zero.
+// The first `count` <= 16 numbers; the other lanes are zero.
 template <typename T>
 Floats load_some(const T* from, int64_t count) {
+  if (count == kLanes) return load(from);
   T whole[kLanes] = {};
   std::memcpy(whole, from, count * sizeof(T));
   return load(whole);
@@ -71,6 +79,7 @@ Floats load_some(const T* from, int64_t count) {
 
 template <typename T>
 void store_some(T* to, Floats lanes, int64_t count) {
+  if (count == kLanes) return store(to, lanes);
   T whole[kLanes];
   store(whole, lanes);
   std::memcpy(to, whole, count * sizeof(T));

@@ -2,7 +2,6 @@
 //
 // Legend: T tokens of the batch, padding included; L of them real; N active domains; D hidden; H units;
 // E experts; K experts that a token may combine.
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -33,16 +32,22 @@ void normalise(const at::Tensor& hidden, const std::optional<at::Tensor>& residu
   float* to = out.data_ptr<float>();
   at::parallel_for(0, out.size(0), 16, [&](auto begin, auto end) {
     for (int64_t t = begin; t < end; ++t) {
+      const T *h_row = h + t * size, *r_row = r ? r + t * size : nullptr;
       float* row = to + t * size;
-      float squares = 0;
-      for (int64_t d = 0; d < size; ++d) {
-        const T sum = r ? static_cast<T>(static_cast<float>(h[t * size + d]) +
-                                         static_cast<float>(r[t * size + d]))
-                        : h[t * size + d];
-        row[d] = static_cast<float>(sum);
-        squares += row[d] * row[d];
+      Floats squares = {};
+      for (int64_t d = 0; d < size; d += kLanes) {
+        const int64_t count = std::min(kLanes, size - d);
+        Floats sum = load_some(h_row + d, count);
+        if (r_row) {  // rounded as the model's own addition is
+          T rounded[kLanes];
+          store(rounded, sum + load_some(r_row + d, count));
+          sum = load(rounded);
+        }
+        squares += sum * sum;
+        store_some(row + d, sum, count);
       }
-      const float scale = 1 / std::sqrt(squares / static_cast<float>(size) + 1e-6f);
+      const float mean = alter::sum(squares) / static_cast<float>(size);
+      const float scale = 1 / std::sqrt(mean + 1e-6f);
       for (int64_t d = 0; d < size; ++d) row[d] *= scale;
     }
   });
@@ -54,8 +59,8 @@ std::vector<char> high_entropy(const at::Tensor& hidden, const std::optional<at:
                                const at::Tensor& fc1_bias, const at::Tensor& fc2_weight,
                                double fc2_bias, double threshold) {
   auto rows = at::empty({num_tokens, hidden.size(1)}, hidden.options().dtype(at::kFloat));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, hidden.scalar_type(), "route",
-                                  [&] { normalise<scalar_t>(hidden, residual, rows); });
+  ALTER_DISPATCH(hidden.scalar_type(), "route",
+                           [&] { normalise<scalar_t>(hidden, residual, rows); });
   const auto units = at::addmm(fc1_bias, rows, fc1_weight.t());
   const float* u = units.const_data_ptr<float>();
   const float* w = fc2_weight.const_data_ptr<float>();
