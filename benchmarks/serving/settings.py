@@ -22,7 +22,7 @@ class BenchSettings:
 
     models: tuple[str, ...] = ("25m", "150m")
     """Names of `models.SHAPES`; the figures are the last one's."""
-    rounds: int = 5
+    rounds: int = 3
     """Rounds that count, of offline measurements. One more before them is thrown away."""
     num_domains: int = 8
     """Active domains where their number is not what is looked at."""
@@ -32,17 +32,17 @@ class BenchSettings:
     other_domains: tuple[int, ...] = (64,)
     """Compared with base only."""
     decode_repeats: Mapping[int, int] = dataclasses.field(
-        default_factory=lambda: MappingProxyType({1: 4, 16: 3, 64: 2})
+        default_factory=lambda: MappingProxyType({1: 2, 16: 2, 64: 1})
     )
     """By batch size: how often a batch is decoded in a turn."""
     decode_prompt_tokens: int = 24
     decode_tokens: int = 48
     """A prompt's evidence is in view for as long: the window is 64 tokens."""
     prefill_repeats: Mapping[int, int] = dataclasses.field(
-        default_factory=lambda: MappingProxyType({512: 4, 2048: 2})
+        default_factory=lambda: MappingProxyType({512: 3, 2048: 1})
     )
     """By prompt length, in tokens: how many prompts are computed in a turn, one after another."""
-    online_rounds: int = 3
+    online_rounds: int = 2
     """Replays that count, of each server. One more before them is thrown away."""
     online_requests: int = 120
     """Requests of a replay."""
@@ -52,7 +52,7 @@ class BenchSettings:
     """Changes under load, activations and revocations in turn."""
     switch_pause_s: float = 1.5
     """Between two of them."""
-    startup_rounds: int = 3
+    startup_rounds: int = 2
     """Starts of each server."""
     seed: int = 0
 

@@ -1,6 +1,6 @@
 """Activations and revocations while 16 streams run: the switch, switch_retain and activation blocks.
 
-The streams are those of vLLM's own benchmark client, one request after another. A switch recomputes the streams
+The streams are those of vLLM's own benchmark client, one request after another. A switch recomputes those
 that an active expert touches, so a gap grows with their tokens: they are counted.
 """
 

@@ -109,26 +109,21 @@ class EvidenceBank:
         num_domains = len(self._heads)
         if num_domains == 0:
             return torch.empty(int(step.counts.sum()), 0, device=self._device)
-        recent = self._recall(step)
-        positions = [np.arange(s, s + c) for s, c in zip(step.starts, step.counts, strict=True)]
-        rows = np.repeat(np.arange(len(step.counts)), step.counts)
-        new = self._score(step.token_ids, rows, np.concatenate(positions))
-        if int(step.counts.max()) == 1:
-            logits = torch.maximum(recent.amax(dim=1), new) if recent.shape[1] else new
-            self._remember(
-                step,
-                torch.cat([recent[:, 1:], new.unsqueeze(1)], dim=1) if recent.shape[1] else recent,
-            )
-            return logits
-        width = recent.shape[1]
-        joined = [
-            torch.cat([history, fresh])
-            for history, fresh in zip(recent, torch.split(new, step.counts.tolist()), strict=True)
-        ]
-        self._remember(
-            step, torch.stack([evidence[len(evidence) - width :] for evidence in joined])
+        width = self._config.evidence_window - 1
+        # Each request's remembered evidence, then its new: no window reaches into the request before.
+        starts = np.cumsum(step.counts + width) - step.counts
+        new_rows = torch.from_numpy(_ranges(starts, step.counts)).to(self._device)
+        ends = torch.from_numpy(starts + step.counts).to(self._device)
+        remembered = torch.arange(-width, 0, device=self._device)
+        evidence = torch.empty(int(ends[-1]), num_domains, device=self._device)
+        begins = torch.from_numpy(starts).to(self._device)
+        evidence[begins[:, None] + remembered] = self._recall(step)
+        requests = np.repeat(np.arange(len(step.counts)), step.counts)
+        evidence[new_rows] = self._score(
+            step.token_ids, requests, _ranges(step.starts, step.counts)
         )
-        return torch.cat([windowed_max(e, self._config.evidence_window)[width:] for e in joined])
+        self._remember(step, evidence[ends[:, None] + remembered])
+        return windowed_max(evidence, self._config.evidence_window)[new_rows]
 
     def _recall(self, step: StepTokens) -> Tensor:
         """Evidence of the W - 1 tokens before each request's first new one. Shapes: -> (Q, W - 1, N)."""
@@ -137,17 +132,12 @@ class EvidenceBank:
         is_known = known >= 0
         is_known[is_known] = self._ends[known[is_known]] == step.starts[is_known]
         recent = torch.full((len(known), width, len(self._heads)), NO_EVIDENCE, device=self._device)
-        if is_known.any():
-            if is_known.all():
-                recent = self._recent[torch.from_numpy(known)]
-            else:
-                recent[torch.from_numpy(is_known)] = self._recent[torch.from_numpy(known[is_known])]
-        for q in np.flatnonzero(~is_known & (step.starts > 0)):
-            stop = int(step.starts[q])
-            positions = np.arange(max(0, stop - width), stop)
-            if len(positions):
-                scores = self._score(step.token_ids, np.full(len(positions), q), positions)
-                recent[int(q), width - len(positions) :] = scores
+        recent[torch.from_numpy(is_known)] = self._recent[torch.from_numpy(known[is_known])]
+        counts = np.where(is_known, 0, np.minimum(step.starts, width))
+        if counts.any():
+            requests = np.repeat(np.arange(len(counts)), counts)
+            scores = self._score(step.token_ids, requests, _ranges(step.starts - counts, counts))
+            recent[requests, _ranges(width - counts, counts)] = scores
         return recent
 
     def _remember(self, step: StepTokens, recent: Tensor) -> None:
@@ -168,3 +158,9 @@ class EvidenceBank:
         units = torch.relu(embedded.flatten(1) @ self._w1 + self._b1)
         units_MNH = units.view(len(rows), len(self._heads), -1)
         return torch.einsum("mnh,nh->mn", units_MNH, self._w2) + self._b2
+
+
+def _ranges(starts: IntArray, counts: IntArray) -> IntArray:
+    """One after another: starts[q], starts[q] + 1, ... of counts[q] numbers."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
