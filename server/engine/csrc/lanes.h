@@ -56,10 +56,14 @@ inline Floats load(const c10::Half* from) {
 
 inline void store(float* to, Floats lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 
-// To the nearest, ties to even.
+// The upper halves, to the nearest bfloat16, ties to even.
+inline UInts upper_halves(Floats lanes) {
+  const UInts bits = reinterpret_cast<const UInts&>(lanes);
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
 inline void store(c10::BFloat16* to, Floats lanes) {
-  UInts bits = reinterpret_cast<const UInts&>(lanes);
-  bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UInts bits = upper_halves(lanes);
   const Shorts halves = __builtin_convertvector(bits, Shorts);
   std::memcpy(to, &halves, sizeof halves);
 }
