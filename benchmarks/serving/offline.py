@@ -117,6 +117,10 @@ class Engine:
                 got=str(len(bundles) - state["digests"].count(None)),
             )
 
+    def stop(self) -> None:
+        """Ends its processes."""
+        self.llm.llm_engine.engine_core.shutdown()
+
     def memory_bytes(self) -> int:
         """Of its processes, shared pages counted in parts."""
         return sum(map(memory_bytes, self._processes))
@@ -196,32 +200,36 @@ def measure(
 
     Raises: EngineError if tokens were not routed as the traffic's kind says.
     """
-    engines = [Engine(BASE, made)]
-    if has_lora:
-        engines.append(Engine(LORA, made))
-    engines += [Engine(f"n{count}", made, count) for count in num_domains]
-    rates: dict[str, dict[str, list[float]]] = {engine.name: {} for engine in engines}
-    for number in range(settings.rounds + 1):
-        at = number % len(engines)  # another engine comes first each time
-        for case in cases_of(settings):
-            for engine in engines[at:] + engines[:at]:
-                if not engine.takes(case):
-                    continue
-                time.sleep(_SETTLE_S)
-                rate = engine.turn(case, settings, start=number * _MAX_BATCH)
-                print(number, case.name, engine.name, round(rate, 1), flush=True)
-                if number > 0:
-                    rates[engine.name].setdefault(case.name, []).append(rate)
-    shares = {engine.name: engine.expert_share for engine in engines if engine.num_domains}
-    _check_shares(shares)
-    return {
-        "rates": rates,
-        "expert_share": shares,
-        "num_domains": {engine.name: engine.num_domains for engine in engines},
-        "idle_memory_bytes": {engine.name: engine.idle_memory_bytes for engine in engines},
-        "memory_bytes": {engine.name: engine.memory_bytes() for engine in engines},
-        "start_s": {engine.name: engine.start_s for engine in engines},
-    }
+    names = [(BASE, 0), *((f"n{count}", count) for count in num_domains)]
+    rates: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, Any]] = {"expert_share": {}, "idle_memory_bytes": {}}
+    found |= {"memory_bytes": {}, "start_s": {}}
+    number = 0
+    for start in range(settings.starts):
+        # Another engine is up first each time. vLLM's LoRA, far from the others and slow, runs once.
+        at = start % len(names)
+        order = names[at:] + names[:at] + ([(LORA, 0)] if has_lora and start == 0 else [])
+        engines = [Engine(name, made, count) for name, count in order]
+        for _ in range(settings.rounds):
+            first = number % len(engines)
+            for case in cases_of(settings):
+                for engine in engines[first:] + engines[:first]:
+                    if not engine.takes(case):
+                        continue
+                    time.sleep(_SETTLE_S)
+                    rate = engine.turn(case, settings, start=number * _MAX_BATCH)
+                    print(number, case.name, engine.name, round(rate, 1), flush=True)
+                    rates.setdefault(engine.name, {}).setdefault(case.name, []).append(rate)
+            number += 1
+        for engine in engines:
+            found["idle_memory_bytes"][engine.name] = engine.idle_memory_bytes
+            found["memory_bytes"][engine.name] = engine.memory_bytes()
+            found["start_s"][engine.name] = engine.start_s
+            if engine.num_domains:
+                found["expert_share"][engine.name] = engine.expert_share
+            engine.stop()
+    _check_shares(found["expert_share"])
+    return {"rates": rates, "num_domains": dict(names), **found}
 
 
 def _check_shares(shares: Mapping[str, Mapping[str, float]]) -> None:

@@ -82,7 +82,7 @@ def _profiles(
         for case in cases_of(settings):
             if num_domains or case.kind is TrafficKind.RETAIN:
                 yield name, case.name, _profiled(engine, case, settings, out)
-        engine.llm.llm_engine.engine_core.shutdown()
+        engine.stop()
 
 
 def _profiled(engine: Engine, case: Case, settings: BenchSettings, out: Path) -> list[Operator]:

@@ -22,9 +22,11 @@ class BenchSettings:
 
     models: tuple[str, ...] = ("25m", "150m")
     """Names of `models.SHAPES`; the figures are the last one's."""
-    rounds: int = 8
-    """Rounds that count, of offline measurements. One more before them is thrown away. Many short turns
-    tell more than few long ones where other load comes and goes."""
+    starts: int = 3
+    """How often the engines of offline measurements are started: where a process finds its memory is worth
+    several percent of its speed, for as long as it lives."""
+    rounds: int = 2
+    """Turns of each engine in each case, by start."""
     num_domains: int = 8
     """Active domains where their number is not what is looked at."""
     few_domains: int = 1
@@ -66,6 +68,7 @@ class BenchSettings:
 FULL = BenchSettings()
 QUICK = BenchSettings(
     models=("25m",),
+    starts=1,
     rounds=1,
     num_domains=2,
     many_domains=4,

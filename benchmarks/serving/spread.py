@@ -26,8 +26,11 @@ class Spread:
 
 
 def ratios(values: Sequence[float], references: Sequence[float]) -> Spread:
-    """Of each round's value over the same round's reference: what slows a round down slows both."""
-    return Spread.of(v / r for v, r in zip(values, references, strict=True))
+    """Of each round's value over the same round's reference: what slows a round down slows both.
+
+    `values` may be of the first rounds only.
+    """
+    return Spread.of(v / r for v, r in zip(values, references[: len(values)], strict=True))
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
