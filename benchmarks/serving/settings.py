@@ -22,10 +22,10 @@ class BenchSettings:
 
     models: tuple[str, ...] = ("25m", "150m")
     """Names of `models.SHAPES`; the figures are the last one's."""
-    starts: int = 3
+    starts: int = 2
     """How often the engines of offline measurements are started: where a process finds its memory is worth
     several percent of its speed, for as long as it lives."""
-    rounds: int = 2
+    rounds: int = 3
     """Turns of each engine in each case, by start."""
     num_domains: int = 8
     """Active domains where their number is not what is looked at."""

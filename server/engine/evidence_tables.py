@@ -1,11 +1,12 @@
 """The evidence bank of a CPU: heads as tables that are looked up, by the kernels of `csrc/evidence.cpp`.
 
 The first layer of a head is linear, so what a token adds to a unit at a place of an n-gram is a constant of
-that token and head. A table (R, G, C, H) holds it, in half precision, for every token seen so far: a token's
-first appearance costs one product for each active head, and every later one a look-up.
+that token and head. A table (K, R, G, C, H) holds it, in half precision: for the first tokens of the
+vocabulary from the start, for others from their first appearance on, which costs one product for each active
+head.
 
-Legend: C columns, one for each head that is kept, D embedding size, G n-gram, H units, M tokens, N active
-domains, R rows, one for each token seen, W window.
+Legend: C columns that lie together, D embedding size, G n-gram, H units, K groups of columns, M tokens, N
+active domains, R rows, one for each token known, W window.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ from .evidence_bank import EvidenceBank, StepTokens
 
 EVIDENCE_CACHE_BYTES = 2 << 30
 """Most that the tables of all slots may take; memory is taken row by row as tokens appear."""
+_FIRST_TOKENS = 16_384
+"""Known from the start: tokenizers that merge pairs number their tokens by frequency."""
+_CHUNK_TOKENS = 2048
+"""Tokens whose embeddings are multiplied at a time."""
+_GROUP = 8
+"""Columns that lie together: memory is taken for as many heads at once."""
 _SPARE_COLUMNS = 2
 """For a head that is staged, and for one that a rollback would need."""
 _LANES = 16
@@ -44,7 +51,8 @@ def _padded_units(config: AlterConfig) -> int:
 
 def _row_bytes(config: AlterConfig, max_domains: int) -> int:
     """Of one token."""
-    numbers = config.evidence_ngram * (max_domains + _SPARE_COLUMNS) * _padded_units(config)
+    num_columns = -(-(max_domains + _SPARE_COLUMNS) // _GROUP) * _GROUP
+    numbers = config.evidence_ngram * num_columns * _padded_units(config)
     return numbers * torch.half.itemsize
 
 
@@ -78,8 +86,10 @@ class TableEvidenceBank(EvidenceBank):
         self._token_of_row = torch.zeros(self._capacity, dtype=torch.long)
         self._num_rows = 0
         self._generation = 0
-        num_columns = max_domains + _SPARE_COLUMNS
-        shape = (self._capacity, config.evidence_ngram, num_columns, self._padded_units)
+        self._give_rows(torch.arange(min(self._capacity, _FIRST_TOKENS)))
+        num_groups = -(-(max_domains + _SPARE_COLUMNS) // _GROUP)
+        ngram = config.evidence_ngram
+        shape = (num_groups, self._capacity, ngram, _GROUP, self._padded_units)
         self._table = torch.empty(shape, dtype=torch.half)
         self._columns: weakref.WeakKeyDictionary[EvidenceHead, _Column] = (
             weakref.WeakKeyDictionary()
@@ -93,7 +103,7 @@ class TableEvidenceBank(EvidenceBank):
     def _column(self, head: EvidenceHead) -> _Column:
         if (column := self._columns.get(head)) is None:
             taken = {column.index for column in self._columns.values()}
-            free = set(range(self._table.shape[2])) - taken
+            free = set(range(len(self._table) * _GROUP)) - taken
             if not free:
                 raise EngineError("The router's tables have no room for another head")
             column = self._columns[head] = _Column(min(free))
@@ -104,13 +114,13 @@ class TableEvidenceBank(EvidenceBank):
         column, generation, num_rows = self._column(head), self._generation, self._num_rows
         if column.generation != generation:
             column.generation, column.num_filled = generation, 0
-        if column.num_filled < num_rows:
-            rows = slice(column.num_filled, num_rows)
+        for start in range(column.num_filled, num_rows, _CHUNK_TOKENS):
+            rows = slice(start, min(start + _CHUNK_TOKENS, num_rows))
             self._fill(head, column, self._embed(self._token_of_row[rows].clone()), rows)
 
     def _fill(self, head: EvidenceHead, column: _Column, embedded: Tensor, rows: slice) -> None:
         ngram, num_units = self._config.evidence_ngram, self._config.evidence_units
-        target_MGH = self._table[rows, :, column.index]
+        target_MGH = self._table[column.index // _GROUP, rows, :, column.index % _GROUP]
         for place, weight in enumerate(head.fc1.weight.data.chunk(ngram, dim=1)):
             target_MGH[:, place, :num_units] = embedded @ weight.T
         target_MGH[:, -1, :num_units] += head.fc1.bias.data
@@ -208,15 +218,19 @@ class TableEvidenceBank(EvidenceBank):
             self._num_rows = 0
             self._row_of_token.fill_(-1)
             tokens = tokens[: self._capacity]
-        rows = slice(self._num_rows, self._num_rows + len(tokens))
-        self._token_of_row[rows] = tokens
-        self._row_of_token[tokens] = torch.arange(rows.start, rows.stop, dtype=torch.int32)
-        self._num_rows = rows.stop
+        rows = self._give_rows(tokens)
         embedded = self._embed(tokens)
         for head in self._heads.values():
             column = self._columns[head]
             self._fill(head, column, embedded, rows)
             column.generation = self._generation
+
+    def _give_rows(self, tokens: Tensor) -> slice:
+        rows = slice(self._num_rows, self._num_rows + len(tokens))
+        self._token_of_row[rows] = tokens
+        self._row_of_token[tokens] = torch.arange(rows.start, rows.stop, dtype=torch.int32)
+        self._num_rows = rows.stop
+        return rows
 
     def _find_states(self, request_ids: Sequence[str]) -> None:
         """Gives each request of the step the state it had in the step before, or a new one."""

@@ -66,7 +66,8 @@ def _build(library: Path) -> None:
             build_directory=scratch,
             is_python_module=False,
         )
-        shutil.move(Path(scratch) / "alter_cpu.so", library)
+        (built,) = Path(scratch).glob("*.so")
+        shutil.move(built, library)
 
 
 def _cache_folder() -> Path:

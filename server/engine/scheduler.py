@@ -79,7 +79,6 @@ class AlterScheduler(Scheduler):  # type: ignore[misc]
         """True for text that is decoded, one token a step, with nothing in flight."""
         return (
             request.status == RequestStatus.RUNNING
-            and request.request_id in self.prev_step_scheduled_req_ids
             and request.num_output_tokens > 0
             and request.num_computed_tokens == request.num_tokens - 1
             and request.prompt_token_ids is not None

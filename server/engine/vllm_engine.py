@@ -86,6 +86,7 @@ class VllmForgetEngine:
                 await self._rpc("alter_start_staging", str(bundle), digest)
                 while not all(await self._rpc("alter_is_staged", digest)):
                     await asyncio.sleep(_STAGE_POLL_S)
+                await self._rpc("alter_prepare", digest)
         except Exception as error:
             with contextlib.suppress(Exception):
                 await self._rpc("alter_unstage")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
@@ -105,6 +106,12 @@ class AlterWorkerMixin:
             staged.result()
         return staged.done()
 
+    def alter_prepare(self, digest: str) -> None:
+        """Readies the router for what is staged, on all ranks at once; a single rank has done it already."""
+        head = self._staged(digest).result(timeout=0).head
+        assert head is not None
+        self._gate.bank.prepare(head)
+
     def alter_unstage(self) -> None:
         """Lets go of what is staged; a thread that still reads ends for nothing."""
         self._staging = None
@@ -134,7 +141,7 @@ class AlterWorkerMixin:
             )
         lora_b = self._slots.shard_expert(expert.lora_b)
         if self.vllm_config.parallel_config.tensor_parallel_size == 1:
-            # Elsewhere embeddings are collective, and must not be asked for beside a step.
+            # On several ranks embeddings are collective, and `alter_prepare` asks for them between steps.
             self._gate.bank.prepare(expert.evidence)
         return _Occupant(digest=digest, lora_b=lora_b, head=expert.evidence)
 
@@ -199,15 +206,25 @@ class AlterWorkerMixin:
         self._digests[slot] = occupant.digest
 
     def _untouched(self) -> dict[str, int]:
-        """Number of tokens by id of each request of the batch on which no active head fires."""
-        batch = self.model_runner.input_batch
+        """Number of tokens by id of each request on which no active head fires."""
         untouched = {}
-        for row, request in enumerate(batch.req_ids[: batch.num_reqs]):
-            num_tokens = int(batch.num_tokens_no_spec[row])
-            is_quiet = not self._gate.bank.fires(batch.token_ids_cpu[row, :num_tokens])
-            if is_quiet and batch.is_token_ids[row, :num_tokens].all():
-                untouched[request] = num_tokens
+        for request in self.model_runner.requests:
+            token_ids = self._token_ids(request)
+            if token_ids is not None and not self._gate.bank.fires(token_ids):
+                untouched[request] = len(token_ids)
         return untouched
+
+    def _token_ids(self, request: str) -> NDArray[np.int32] | None:
+        """All token ids of a request; None for one that also has embeddings."""
+        batch, state = self.model_runner.input_batch, self.model_runner.requests[request]
+        if (row := batch.req_id_to_index.get(request)) is not None:
+            num_tokens = int(batch.num_tokens_no_spec[row])
+            is_text = batch.is_token_ids[row, :num_tokens].all()
+            return batch.token_ids_cpu[row, :num_tokens] if is_text else None
+        # A step without tokens, as while paused, takes every request out of the batch.
+        if state.prompt_token_ids is None or state.prompt_embeds is not None:
+            return None
+        return np.array([*state.prompt_token_ids, *state.output_token_ids], dtype=np.int32)
 
     def alter_state(self) -> dict[str, Any]:
         """What this worker applies."""

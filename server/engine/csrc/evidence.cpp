@@ -6,7 +6,7 @@
 // and, of the block before, the maxima of its ends.
 //
 // Legend: Q requests, M positions, G n-gram, H units (padded to a multiple of 16), N active domains, W window,
-// S states, R table rows, C columns, one for each head that is kept.
+// S states, R table rows, C heads that lie together, K such groups.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -25,11 +25,11 @@ constexpr int64_t kPrefetch = 4;    // domains ahead
 constexpr int64_t kGrain = 1 << 14; // table numbers that are worth a thread
 
 struct Heads {
-  const c10::Half* table;   // (R, G, C, H): a token's part of all heads lies together
-  const int64_t* columns;   // (N,)
+  const c10::Half* table;   // (K, R, G, C, H): a token's part of C heads lies together
+  const int64_t* columns;   // (N,) of K C
   const float* w2;          // (N, H)
   const float* b2;          // (N,)
-  int64_t num_domains, ngram, num_columns, units;
+  int64_t num_domains, num_rows, ngram, group, units;
 
   Heads(const at::Tensor& table, const at::Tensor& columns, const at::Tensor& w2, const at::Tensor& b2)
       : table(table.const_data_ptr<c10::Half>()),
@@ -37,15 +37,18 @@ struct Heads {
         w2(w2.const_data_ptr<float>()),
         b2(b2.const_data_ptr<float>()),
         num_domains(w2.size(0)),
-        ngram(table.size(1)),
-        num_columns(table.size(2)),
-        units(table.size(3)) {
+        num_rows(table.size(1)),
+        ngram(table.size(2)),
+        group(table.size(3)),
+        units(table.size(4)) {
     TORCH_CHECK(units % kLanes == 0 && w2.size(1) == units, "units must be padded");
     TORCH_CHECK(w2.is_contiguous() && table.is_contiguous(), "tables must be contiguous");
   }
 
   const c10::Half* part(int64_t domain, int64_t row, int64_t place) const {
-    return table + ((row * ngram + place) * num_columns + columns[domain]) * units;
+    const int64_t column = columns[domain];
+    const int64_t parts = (column / group * num_rows + row) * ngram + place;
+    return table + (parts * group + column % group) * units;
   }
 
   // Evidence of all domains for one token. `rows` are the table rows of the n-gram, -1 before the start.

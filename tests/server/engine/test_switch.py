@@ -117,9 +117,17 @@ TOTAL, AT = 120, 20
 
 
 def _span(
-    engine: EngineRun, prompts: list[list[int]], *, late: list[int] | None = None, **switch: Any
+    engine: EngineRun,
+    prompts: list[list[int]],
+    *,
+    late: list[int] | None = None,
+    ends_in_pause: bool = False,
+    **switch: Any,
 ) -> Spanned:
-    """Switches once every stream has `AT` tokens; `late` is sent after that."""
+    """Switches once every stream has `AT` tokens; `late` is sent after that.
+
+    `ends_in_pause`: the last stream is ended once the engine is paused.
+    """
 
     async def run() -> tuple[list[list[int]], SwitchReport | SwitchError]:
         tokens: list[list[int]] = [[] for _ in prompts]
@@ -137,6 +145,10 @@ def _span(
             await asyncio.gather(*(event.wait() for event in has_begun))
             folder, digest = await _expert(engine, "domain-0")
             arguments = {"epoch": engine.epoch + 1, "slot": 0, "bundle": folder, "digest": digest}
+            if ends_in_pause:
+                await engine.client.engine_core.pause_scheduler_async("keep", clear_cache=False)
+                await engine.client.abort(f"test-{first + len(prompts) - 1}")
+                await asyncio.sleep(0.1)
             try:
                 report: SwitchReport | SwitchError = await engine.engine.switch(
                     **(arguments | switch)
@@ -206,6 +218,20 @@ def test_streams_that_no_expert_touches_are_not_recomputed(engine: EngineRun, ki
     assert isinstance(revoked.report, SwitchReport)
     assert revoked.report.kept_requests == len(quiet)
     assert revoked.tokens == base
+
+
+def test_streams_are_kept_when_another_request_ends_in_the_pause(
+    engine: EngineRun, kinds: Kinds
+) -> None:
+    """vLLM then makes a step without tokens, which takes every request out of the runner's batch."""
+    quiet, _ = kinds
+    base = engine.generate(quiet, TOTAL)
+    spanned = _span(engine, quiet, ends_in_pause=True)
+    assert isinstance(spanned.report, SwitchReport)
+    assert spanned.report.kept_requests == len(quiet) - 1
+    assert spanned.report.recomputed_requests == 0
+    assert spanned.tokens[:-1] == base[:-1]
+    assert all(set(computed.values()) == {1} for computed in spanned.computed)
 
 
 def test_touched_streams_are_recomputed_beside_kept_ones_that_share_their_first_blocks(
