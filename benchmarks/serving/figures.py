@@ -7,9 +7,13 @@ measurement as MODEL/BLOCK/..., ratios to base of the same round in the same pro
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
+
+from alter_core import AlterConfig
+from server.engine.evidence_tables import cache_bytes
 
 from .blocks import Result
 from .floor import floor_of
@@ -144,12 +148,20 @@ def _add_scale(figures: Figures, model: str, result: Result, settings: BenchSett
         if case.startswith("decode_") and case.endswith(TrafficKind.RETAIN)
     ]
     figures.add(f"{model}/scale/{many}_over_{few}", _lowest(found))
-    floor = floor_of(Sizes.of(SHAPES[model]))
-    idle, busy = result["idle_memory_bytes"], result["memory_bytes"]
-    tensors = (settings.many_domains - settings.few_domains) * (floor.b_bytes + floor.head_bytes)
-    figures.add(f"{model}/scale/slot_memory_over_tensors", (idle[many] - idle[few]) / tensors)
-    grown = {engine: busy[engine] - idle[engine] for engine in (few, many)}
-    figures.add(f"{model}/scale/router_tables_mib", (grown[many] - grown[few]) / 2**20)
+    shape, added = SHAPES[model], settings.many_domains - settings.few_domains
+    floor = floor_of(Sizes.of(shape))
+    idle = result["idle_memory_bytes"]
+    more = idle[many] - idle[few]
+    tensors = added * (floor.b_bytes + floor.head_bytes)
+    # The whole vocabulary of these models is in the router's tables from the start.
+    table_bytes = functools.partial(
+        cache_bytes, AlterConfig(tap_layer=0), vocab_size=shape.vocab_size
+    )
+    tables = table_bytes(max_domains=settings.many_domains)
+    tables -= table_bytes(max_domains=settings.few_domains)
+    figures.add(f"{model}/scale/slot_memory_over_tensors", more / (tensors + tables))
+    figures.add(f"{model}/scale/slot_memory_over_experts", more / tensors)
+    figures.add(f"{model}/scale/router_tables_mib", tables / 2**20)
 
 
 def _add_online(figures: Figures, prefix: str, result: Result) -> None:

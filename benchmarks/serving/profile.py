@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -34,13 +34,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true", help="few cases, written to build/")
+    parser.add_argument(
+        "--no-lora", action="store_true", help="without vLLM's LoRA, which takes most of the time"
+    )
     options = parser.parse_args()
     settings = QUICK if options.quick else FULL
     folder = Path("build/serving").absolute()
     made = Artefacts.of(folder / "artefacts", settings.headline_model, seed=settings.seed)
     figures: dict[str, float | None] = {}
     tables: list[str] = []
-    for engine, case, operators in _profiles(made, settings, folder / "profiles"):
+    engines = {BASE: 0, LORA: 0, f"n{settings.num_domains}": settings.num_domains}
+    if options.no_lora:
+        del engines[LORA]
+    for engine, case, operators in _profiles(made, settings, folder / "profiles", engines):
         for operator in operators:
             if operator.name.startswith(_OURS):
                 figures[f"{engine}/{case}/{operator.name}"] = round(operator.total_share, 4)
@@ -62,14 +68,10 @@ def main() -> None:
 
 
 def _profiles(
-    made: Artefacts, settings: BenchSettings, folder: Path
+    made: Artefacts, settings: BenchSettings, folder: Path, engines: Mapping[str, int]
 ) -> Iterator[tuple[str, str, list[Operator]]]:
-    """(engine, case, operators), one engine at a time."""
-    for name, num_domains in (
-        (BASE, 0),
-        (LORA, 0),
-        (f"n{settings.num_domains}", settings.num_domains),
-    ):
+    """(engine, case, operators), one engine at a time; `engines` with their numbers of domains."""
+    for name, num_domains in engines.items():
         out = folder / name
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
