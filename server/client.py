@@ -8,7 +8,7 @@ from typing import TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from alter_core.errors import AlterError, ConfigError
+from alter_core.errors import AlterError, ConfigError, problem_kind
 from server.api.models import (
     Activated,
     ForgetDomain,
@@ -17,7 +17,7 @@ from server.api.models import (
     Revoked,
     Status,
 )
-from server.api.problems import MEDIA_TYPE, TYPE_PREFIX, problem_kind
+from server.api.problems import MEDIA_TYPE, TYPE_PREFIX
 from server.domains import check_domain_name
 from server.engine.base import InFlight
 

@@ -1,0 +1,29 @@
+"""The audit log: who changed what, when and why, so that nobody can alter it unnoticed.
+
+record   one record, and the chain of hashes through all of them
+log      where they are kept
+"""
+
+from .log import AuditLog
+from .record import (
+    SERVER,
+    AuditEntry,
+    AuditRecord,
+    Cause,
+    Head,
+    check_reason,
+    read_export,
+    verify_chain,
+)
+
+__all__ = [
+    "SERVER",
+    "AuditEntry",
+    "AuditLog",
+    "AuditRecord",
+    "Cause",
+    "Head",
+    "check_reason",
+    "read_export",
+    "verify_chain",
+]
