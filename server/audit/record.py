@@ -130,17 +130,16 @@ class Head:
         return cls(int(sequence), digest)
 
 
-def check_reason(reason: str | None) -> str | None:
-    """The reason, which goes into the audit log as it is.
+def check_reason(reason: str) -> str:
+    """A reason that can stand in the audit log as it is.
 
     Raises: ConfigError if it is empty, long, or has characters that could forge lines or hide text.
     """
-    if reason is not None and not (0 < len(reason) <= MAX_REASON_LENGTH and reason.isprintable()):
-        is_long = len(reason) > MAX_REASON_LENGTH
+    if not (0 < len(reason) <= MAX_REASON_LENGTH and reason.isprintable()):
         raise ConfigError(
             "The reason cannot be recorded",
             expected=f"1 to {MAX_REASON_LENGTH} printable characters, e.g. a case number",
-            got=f"{len(reason)} characters" if is_long or not reason else "control characters",
+            got=f"{len(reason)} characters{'' if reason.isprintable() else ', control characters'}",
             fix="Give the case number alone, and never text that is to be forgotten.",
         )
     return reason

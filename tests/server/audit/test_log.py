@@ -341,6 +341,6 @@ def test_a_reason_that_could_forge_a_line_is_refused(reason: str) -> None:
         check_reason(reason)
 
 
-@pytest.mark.parametrize("reason", [None, "x" * 200, "Az. 3 O 12/26 – §17", "事件 12"])
-def test_a_case_number_is_a_reason(reason: str | None) -> None:
+@pytest.mark.parametrize("reason", ["x" * 200, "Az. 3 O 12/26 – §17", "事件 12"])
+def test_a_case_number_is_a_reason(reason: str) -> None:
     assert check_reason(reason) == reason
