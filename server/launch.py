@@ -2,8 +2,8 @@
 
 Everything that can be refused is refused here, before any weight is loaded: options under which
 tokens would bypass the gate or that are not proven with it, a substrate of another model, an expert
-of another substrate, more slots than fit into memory, an audit log or a tokens file that cannot be used. vLLM swallows a plugin's import error and would
-serve without it; so that is checked too.
+of another substrate, more slots than fit into memory, an audit log or a tokens file that cannot be used.
+vLLM swallows a plugin's import error and would serve without it; so that is checked too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from server.audit import AuditLog
 from server.engine.base import check_servable
 from server.engine.evidence_tables import cache_bytes
 from server.settings import ServeSettings
-from server.tokens import TokenFile
+from server.tokens import TokenStore
 
 PLUGIN = "alter"
 PLUGIN_GROUP = "vllm.endpoint_plugins"
@@ -289,7 +289,7 @@ def check_records(settings: ServeSettings) -> None:
     """Raises: AuditError, ConfigError for an audit log or a tokens file that cannot be used."""
     AuditLog.open(settings.audit_log)
     if settings.tokens_file is not None:
-        TokenFile(settings.tokens_file).load()
+        TokenStore(settings.tokens_file).load()
 
 
 def check_artefacts(model: Path, settings: ServeSettings) -> Substrate:

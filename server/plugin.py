@@ -16,7 +16,7 @@ from server.audit import AuditLog
 from server.domains import DomainService
 from server.metrics import AlterMetrics
 from server.settings import ServeSettings
-from server.tokens import TokenFile
+from server.tokens import TokenStore
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -70,7 +70,7 @@ class AlterEndpointPlugin:
         state.alter.open(
             service,
             settings.admin_token_sha256,
-            tokens=None if settings.tokens_file is None else TokenFile(settings.tokens_file),
+            tokens=None if settings.tokens_file is None else TokenStore(settings.tokens_file),
             audit=audit_log,
         )
         await service.start(settings.domains)

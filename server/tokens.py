@@ -81,7 +81,7 @@ class Principal(BaseModel):
         return ROLES.index(self.role) >= ROLES.index(role)
 
 
-class TokenFile:
+class TokenStore:
     """The tokens in one file. It is read again whenever it has changed."""
 
     def __init__(

@@ -62,30 +62,36 @@ class AttemptMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         attempt = Attempt(scope["state"]["principal"], _request_id(Headers(scope=scope)))
         action, name = _change(scope)
-        start: Message | None = None
+        held: Message | None = None
+        is_replaced = False
 
         async def forward(message: Message) -> None:
-            nonlocal start
+            nonlocal held, is_replaced
+            if is_replaced:
+                return
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID] = attempt.request_id
-                if message["status"] >= HTTPStatus.BAD_REQUEST and action is not None:
-                    start = message  # held back until the refusal is recorded
+                is_refusal = message["status"] >= HTTPStatus.BAD_REQUEST and action is not None
+                if is_refusal and not attempt.is_handed_over:
+                    held = message  # until it is recorded
                     return
-            if start is not None:
-                held, start = start, None
-                if action is not None and not attempt.is_handed_over:
+            if held is not None:
+                assert action is not None
+                begin, held = held, None
+                try:
                     kind = _problem_kind(message.get("body", b""))
                     await self._record(attempt, action, name, kind)
-                await send(held)
+                except AuditError as error:
+                    is_replaced = True
+                    headers = {REQUEST_ID: attempt.request_id}
+                    answer = problem_response(problem_of(error), scope["path"], headers)
+                    await answer(scope, receive, send)
+                    return
+                await send(begin)
             await send(message)
 
         scope = {**scope, "state": {**scope["state"], "attempt": attempt}}
-        try:
-            await self._app(scope, receive, forward)
-        except AuditError as error:
-            headers = {REQUEST_ID: attempt.request_id}
-            response = problem_response(problem_of(error), scope["path"], headers)
-            await response(scope, receive, send)
+        await self._app(scope, receive, forward)
 
     async def _record(self, attempt: Attempt, action: Action, name: str | None, kind: str) -> None:
         """Raises: AuditError."""

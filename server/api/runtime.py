@@ -6,7 +6,7 @@ import asyncio
 
 from server.audit import AuditLog
 from server.domains import DomainService
-from server.tokens import TokenFile
+from server.tokens import TokenStore
 
 
 class Passage:
@@ -37,7 +37,7 @@ class AlterRuntime:
     def __init__(self) -> None:
         self.service: DomainService | None = None
         self.admin_token_sha256: bytes | None = None
-        self.tokens: TokenFile | None = None
+        self.tokens: TokenStore | None = None
         self.audit: AuditLog | None = None
         self._passages: set[Passage] = set()
 
@@ -46,7 +46,7 @@ class AlterRuntime:
         service: DomainService,
         admin_token_sha256: bytes | None,
         *,
-        tokens: TokenFile | None = None,
+        tokens: TokenStore | None = None,
         audit: AuditLog | None = None,
     ) -> None:
         """Lets requests through to a service, for as long as it is serving.
