@@ -63,12 +63,9 @@ class AttemptMiddleware:
         attempt = Attempt(scope["state"]["principal"], _request_id(Headers(scope=scope)))
         action, name = _change(scope)
         held: Message | None = None
-        is_replaced = False
 
         async def forward(message: Message) -> None:
-            nonlocal held, is_replaced
-            if is_replaced:
-                return
+            nonlocal held
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID] = attempt.request_id
                 is_refusal = message["status"] >= HTTPStatus.BAD_REQUEST and action is not None
@@ -82,7 +79,7 @@ class AttemptMiddleware:
                     kind = _problem_kind(message.get("body", b""))
                     await self._record(attempt, action, name, kind)
                 except AuditError as error:
-                    is_replaced = True
+                    # Problem documents are sent in one piece: nothing of the first one follows.
                     headers = {REQUEST_ID: attempt.request_id}
                     answer = problem_response(problem_of(error), scope["path"], headers)
                     await answer(scope, receive, send)

@@ -108,6 +108,25 @@ def test_every_change_has_two_records_with_epochs_and_digest(
     }
 
 
+def test_changes_that_wait_for_their_turn_begin_at_the_epoch_they_find(
+    service: DomainService, log: AuditLog, bundles: TinyBundles
+) -> None:
+    async def run() -> None:
+        await asyncio.gather(
+            *(service.activate(f"d{i}", bundles.experts[f"domain-{i}"]) for i in range(MAX_DOMAINS))
+        )
+
+    asyncio.run(run())
+    assert epochs(log) == [
+        record
+        for epoch in range(MAX_DOMAINS)
+        for record in (
+            ("activate", "begun", epoch, None),
+            ("activate", "created", epoch, epoch + 1),
+        )
+    ]
+
+
 def test_a_start_and_its_domains_are_recorded(
     service: DomainService, log: AuditLog, substrate: Substrate, bundles: TinyBundles
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -113,6 +114,14 @@ def test_it_is_synced_and_goes_on_where_it_ended(path: Path, log: AuditLog) -> N
 def test_any_changed_field_is_found(path: Path, log: AuditLog, column: str, value: str) -> None:
     tamper(path, f"UPDATE audit_records SET {column} = {value} WHERE sequence = 4")
     with pytest.raises(AuditTamperedError, match="record 4 "):
+        log.verify()
+
+
+def test_a_record_with_its_hash_computed_anew_breaks_the_next(path: Path, log: AuditLog) -> None:
+    forged = dataclasses.replace(list(log.records())[3], actor="bob")
+    statement = f"UPDATE audit_records SET actor = 'bob', hash = '{forged.computed_hash()}'"
+    tamper(path, statement + " WHERE sequence = 4")
+    with pytest.raises(AuditTamperedError, match="record 5 does not follow"):
         log.verify()
 
 
