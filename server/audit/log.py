@@ -204,7 +204,7 @@ def _sqlite(path: Path, *, is_read_only: bool = False) -> Engine:
             connection.execute("PRAGMA synchronous = FULL").close()
         return connection
 
-    return create_engine("sqlite://", creator=connect, poolclass=NullPool)
+    return create_engine("sqlite://", creator=connect, poolclass=NullPool, hide_parameters=True)
 
 
 @contextlib.contextmanager

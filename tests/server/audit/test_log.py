@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,6 +11,7 @@ import sqlite3
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -264,6 +266,31 @@ def test_processes_make_one_chain(path: Path) -> None:
     assert log.verify().sequence == 60
     order = [r.request_id for r in log.records() if r.request_id.startswith("b")]
     assert order == [f"b{i}" for i in range(20)]
+
+
+def append_and_tell(path: Path, told: Connection) -> None:
+    log = AuditLog.open(path)
+    while True:
+        told.send(log.append(entry()).sequence)
+
+
+def test_what_was_acknowledged_survives_a_killed_server(path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=append_and_tell, args=(path, sender))
+    process.start()
+    acknowledged = [receiver.recv() for _ in range(20)][-1]
+    process.kill()
+    process.join(60)
+    sender.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            acknowledged = receiver.recv()
+    receiver.close()
+    log = AuditLog.open(path)
+    assert acknowledged <= log.head().sequence <= acknowledged + 1
+    log.append(entry())
+    log.verify()
 
 
 def exported(log: AuditLog, path: Path, change: Callable[[list[str]], object]) -> Path:
