@@ -18,6 +18,7 @@ ENV ALTER_VENV=/opt/venv \
     ALTER_EXTRAS="" \
     PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    ALTER_AUDIT_LOG=/state/audit.sqlite \
     HF_HOME=/state/huggingface
 RUN groupadd --gid 10001 alter \
     && useradd --uid 10001 --gid alter --home-dir /state --no-create-home alter \
@@ -55,6 +56,7 @@ ENV ALTER_VENV=/opt/venv \
     ALTER_EXTRAS="" \
     PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    ALTER_AUDIT_LOG=/state/audit.sqlite \
     HF_HOME=/state/huggingface
 RUN groupadd --gid 10001 alter \
     && useradd --uid 10001 --gid alter --home-dir /state --no-create-home alter \

@@ -63,6 +63,18 @@ def _domains() -> None:
     app.add_typer(domains_app, name="domains")
 
 
+def _audit() -> None:
+    from server.cli import audit_app
+
+    app.add_typer(audit_app, name="audit")
+
+
+def _token() -> None:
+    from server.cli import token_app
+
+    app.add_typer(token_app, name="token")
+
+
 _LOADERS: dict[str, Callable[[], None]] = {
     "demo": _demo,
     "train": _train,
@@ -70,6 +82,8 @@ _LOADERS: dict[str, Callable[[], None]] = {
     "serve": _serve,
     "bundle": _bundle,
     "domains": _domains,
+    "audit": _audit,
+    "token": _token,
 }
 """What each command needs is imported only when it is called: torch alone takes seconds."""
 

@@ -110,7 +110,7 @@ class Manifest(_Frozen):
 
     def canonical_json(self) -> bytes:
         """The bytes whose SHA-256 is the bundle's digest; also what `manifest.json` holds."""
-        return _canonical(self.model_dump(mode="json"))
+        return canonical_json(self.model_dump(mode="json"))
 
     @property
     def digest(self) -> str:
@@ -219,7 +219,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleFormatError(
             f"{path} holds an impossible configuration", expected="bundle format 1", got=str(error)
         ) from error
-    if _canonical(raw) != manifest.canonical_json():
+    if canonical_json(raw) != manifest.canonical_json():
         # A default filled in here would belong to the digest, and change with the version of ALTER.
         raise BundleFormatError(
             f"{path} leaves fields to defaults or conversion",
@@ -259,7 +259,7 @@ def read_bundle(folder: Path, kind: Literal["substrate", "forget-expert"]) -> Bu
 _COPY_AGAIN = "Copy the bundle again from where it was made."
 
 
-def _canonical(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 

@@ -20,12 +20,16 @@ AlterError
 │   ├── DomainNotFoundError      no such active domain
 │   ├── DomainConflictError      the name, or the bundle, is taken
 │   └── NoFreeSlotError          every slot holds an expert
+├── AuditError                   the audit log cannot be written or read
+│   └── AuditTamperedError       its chain is broken, or ends too early
 └── EngineError
     ├── CanaryError              a planted expert did not change the logits, or stayed
     └── SwitchError              a switch failed; the message says what is active now
 """
 
 from __future__ import annotations
+
+import re
 
 
 class AlterError(Exception):
@@ -131,6 +135,14 @@ class NoFreeSlotError(DomainError):
     """Every slot already holds an expert."""
 
 
+class AuditError(AlterError):
+    """The audit log cannot be written, or cannot be read."""
+
+
+class AuditTamperedError(AuditError):
+    """The audit log is not what was written: its chain is broken, or ends too early."""
+
+
 class EngineError(AlterError):
     """The engine cannot do, or cannot prove, what was asked of it."""
 
@@ -141,3 +153,9 @@ class CanaryError(EngineError):
 
 class SwitchError(EngineError):
     """A switch of experts failed. The message says what is active now."""
+
+
+def problem_kind(error_class: type[AlterError]) -> str:
+    """The name of an error outside of Python: `BundleTamperedError` -> `bundle-tampered`."""
+    name = error_class.__name__.removesuffix("Error")
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()

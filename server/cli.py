@@ -1,9 +1,11 @@
-"""`alter serve` and `alter domains`. Results on stdout, everything else on stderr."""
+"""`alter serve | domains | audit | token`. Results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from rich.table import Table
 
 from alter_core.errors import AlterError, ConfigError, UnsupportedEngineError
 from server.api.models import Activated, ForgetDomain, Switch
+from server.audit import AuditLog, Head, read_export, verify_chain
 from server.client import DEFAULT_URL, AdminClient
 from server.engine.base import InFlight
 from server.settings import (
@@ -21,7 +24,9 @@ from server.settings import (
     ServeSettings,
     read_environment,
     resolve_admin_token,
+    resolve_audit_log,
 )
+from server.tokens import Role, TokenStore
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -31,6 +36,12 @@ SERVE_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 domains_app = typer.Typer(
     no_args_is_help=True, help="List, activate and revoke forget domains of a running server."
+)
+
+audit_app = typer.Typer(no_args_is_help=True, help="Verify and export a server's audit log.")
+token_app = typer.Typer(
+    no_args_is_help=True,
+    help="Make, list and revoke bearer tokens of /admin. A running server sees it at once.",
 )
 
 Url = Annotated[str, typer.Option("--url", envvar="ALTER_URL", help="Where the server listens.")]
@@ -43,6 +54,29 @@ TokenFile = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 Name = Annotated[str, typer.Argument(help="Name of the forget domain.")]
+Reason = Annotated[
+    str | None,
+    typer.Option(
+        "--reason",
+        help="Case number for the audit log. Never text that is to be forgotten: the log keeps it for ever.",
+    ),
+]
+AuditLogPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--alter-audit-log",
+        help="File of the audit log. Environment: ALTER_AUDIT_LOG. Default: "
+        "alter-server/audit.sqlite in the user's state folder, ~/.local/state or XDG_STATE_HOME.",
+    ),
+]
+TokensPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--alter-tokens-file",
+        help="File of tokens with roles, as `alter token create` makes it. Environment: ALTER_TOKENS_FILE.",
+    ),
+]
+TokenNameArgument = Annotated[str, typer.Argument(help="Name of the token.")]
 
 
 def serve_command(
@@ -73,10 +107,12 @@ def serve_command(
         Path | None,
         typer.Option(
             "--alter-admin-token-file",
-            help="File with the token of /admin, which is closed without one. Environment: "
-            "ALTER_ADMIN_TOKEN, ALTER_ADMIN_TOKEN_FILE.",
+            help="File with the token of /admin that has the role admin. Without it and a tokens file, "
+            "/admin is closed. Environment: ALTER_ADMIN_TOKEN, ALTER_ADMIN_TOKEN_FILE.",
         ),
     ] = None,
+    tokens_file: TokensPath = None,
+    audit_log: AuditLogPath = None,
 ) -> None:
     """Serve MODEL with forget domains; every flag of `vllm serve` may follow."""
     with _reported():
@@ -85,6 +121,8 @@ def serve_command(
             domains=domain or (),
             max_domains=max_domains,
             admin_token_file=admin_token_file,
+            tokens_file=tokens_file,
+            audit_log=audit_log,
         )
         from server.launch import serve
 
@@ -125,6 +163,7 @@ def activate_command(
     if_epoch: Annotated[
         int | None, typer.Option("--if-epoch", help="Only if nothing has changed since this epoch.")
     ] = None,
+    reason: Reason = None,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: AsJson = False,
@@ -132,7 +171,9 @@ def activate_command(
     """Forget a domain, or replace its expert."""
     location = bundle if ":" in bundle else str(Path(bundle).expanduser().absolute())
     with _client(url, token_file) as client:
-        answer = client.activate(name, location, in_flight=in_flight, if_epoch=if_epoch)
+        answer = client.activate(
+            name, location, in_flight=in_flight, if_epoch=if_epoch, reason=reason
+        )
     if as_json:
         _print_json(answer)
     else:
@@ -145,13 +186,14 @@ def revoke_command(
     if_epoch: Annotated[
         int | None, typer.Option("--if-epoch", help="Only if nothing has changed since this epoch.")
     ] = None,
+    reason: Reason = None,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
     """End a domain; the base model's answers come back."""
     with _client(url, token_file) as client:
-        answer = client.revoke(name, if_epoch=if_epoch)
+        answer = client.revoke(name, if_epoch=if_epoch, reason=reason)
     if as_json:
         _print_json(answer)
     else:
@@ -169,6 +211,119 @@ def show_command(
         _print_json(answer)
     else:
         _print_domain(answer)
+
+
+@audit_app.command("verify")
+def audit_verify_command(
+    head: Annotated[
+        str | None,
+        typer.Option(
+            "--head", help="What `alter audit head` once printed: it must still be there."
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", help="Verify an export in place of the log.")
+    ] = None,
+    audit_log: AuditLogPath = None,
+) -> None:
+    """Check the chain of all records; name the first that was changed, removed or put in."""
+    with _reported():
+        anchor = None if head is None else Head.parse(head)
+        if export is not None:
+            found = verify_chain(read_export(export), anchor)
+        else:
+            found = _open_audit_log(audit_log).verify(anchor)
+    typer.echo(f"{found.sequence} records, unbroken: {found.hash}")
+
+
+@audit_app.command("export")
+def audit_export_command(audit_log: AuditLogPath = None) -> None:
+    """Print all records as JSON Lines."""
+    with _reported():
+        for record in _open_audit_log(audit_log).records():
+            typer.echo(record.json())
+
+
+@audit_app.command("head")
+def audit_head_command(audit_log: AuditLogPath = None) -> None:
+    """Print sequence and hash of the last record, to be kept where the server cannot write."""
+    with _reported():
+        typer.echo(str(_open_audit_log(audit_log).head()))
+
+
+def _open_audit_log(path: Path | None) -> AuditLog:
+    return AuditLog.open_to_read(resolve_audit_log(path, read_environment()))
+
+
+@token_app.command("create")
+def token_create_command(
+    role: Annotated[
+        Role,
+        typer.Option("--role", help="viewer reads; operator also changes domains; admin does all."),
+    ],
+    name: Annotated[
+        str, typer.Option("--name", help="Who will use it: the actor in the audit log.")
+    ],
+    days: Annotated[
+        float | None,
+        typer.Option("--days", min=0, help="Days until it expires; without it, never."),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="End the token that has this name.")
+    ] = False,
+    tokens_file: TokensPath = None,
+) -> None:
+    """Make a token and print it, once: only its digest is kept."""
+    with _reported():
+        tokens = _tokens(tokens_file)
+        lifetime = None if days is None else timedelta(days=days)
+        typer.echo(tokens.create(name, role, lifetime=lifetime, replaces=replace))
+
+
+@token_app.command("list")
+def token_list_command(
+    tokens_file: TokensPath = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """List names, roles and expiry."""
+    with _reported():
+        tokens = _tokens(tokens_file).load()
+    if as_json:
+        rows = [token.model_dump(mode="json", exclude={"sha256"}) for token in tokens]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table()
+    for heading in ("name", "role", "created", "expires"):
+        table.add_column(heading, overflow="fold")
+    now = datetime.now(UTC)
+    for token in tokens:
+        expires = "never"
+        if token.expires_at is not None:
+            word = "expired " if token.is_expired(now) else ""
+            expires = word + token.expires_at.isoformat(timespec="seconds")
+        created = token.created_at.isoformat(timespec="seconds")
+        table.add_row(token.name, token.role, created, expires)
+    Console().print(table)
+
+
+@token_app.command("revoke")
+def token_revoke_command(name: TokenNameArgument, tokens_file: TokensPath = None) -> None:
+    """End a token."""
+    with _reported():
+        _tokens(tokens_file).revoke(name)
+    typer.echo(f"{name} revoked")
+
+
+def _tokens(path: Path | None) -> TokenStore:
+    path = path or read_environment().tokens_file
+    if path is None:
+        raise ConfigError(
+            "No tokens file is given",
+            expected="the file that the server reads",
+            got="nothing",
+            fix="Set --alter-tokens-file or ALTER_TOKENS_FILE.",
+        )
+    return TokenStore(path.expanduser().absolute())
 
 
 @contextlib.contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from types import TracebackType
 from typing import TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from alter_core.errors import AlterError, ConfigError
+from alter_core.errors import AlterError, ConfigError, problem_kind
 from server.api.models import (
+    REASON,
     Activated,
     ForgetDomain,
     ForgetDomainList,
@@ -17,7 +19,8 @@ from server.api.models import (
     Revoked,
     Status,
 )
-from server.api.problems import MEDIA_TYPE, TYPE_PREFIX, problem_kind
+from server.api.problems import MEDIA_TYPE, TYPE_PREFIX
+from server.audit import check_reason
 from server.domains import check_domain_name
 from server.engine.base import InFlight
 
@@ -88,22 +91,33 @@ class AdminClient:
         if_epoch: int | None = None,
         is_new: bool = False,
         idempotency_key: str | None = None,
+        reason: str | None = None,
     ) -> Activated:
         """Activates the bundle at a path on the server's machine.
 
         `if_epoch`: only if nothing has changed since. `is_new`: only if the name is not active.
+        `reason`: a case number for the audit log.
         """
         headers = _conditions(if_epoch, idempotency_key)
         if is_new:
             headers["If-None-Match"] = "*"
         body = {"name": name, "bundle": bundle, "in_flight": in_flight}
+        if reason is not None:
+            body["reason"] = check_reason(reason)
         return self._ask("POST", "/forget-domains", Activated, headers=headers, body=body)
 
     def revoke(
-        self, name: str, *, if_epoch: int | None = None, idempotency_key: str | None = None
+        self,
+        name: str,
+        *,
+        if_epoch: int | None = None,
+        idempotency_key: str | None = None,
+        reason: str | None = None,
     ) -> Revoked:
-        """Ends a domain."""
+        """Ends a domain. `reason`: a case number for the audit log."""
         headers = _conditions(if_epoch, idempotency_key)
+        if reason is not None:
+            headers[REASON] = quote(check_reason(reason))
         return self._ask("DELETE", _path(name), Revoked, headers=headers)
 
     def _ask(

@@ -5,16 +5,20 @@ client that goes away in the middle leaves a finished change behind, never half 
 switch the workers are asked what they apply; if that is not what was asked for, the service loses
 trust in its engine for good and nothing may be generated any more.
 
+A change is in the audit log before the engine is asked for it, and what became of it afterwards; a
+change that cannot be recorded is refused.
+
 The registry lives in memory. It holds names, digests and figures, and no text to be forgotten.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,6 +27,8 @@ from prometheus_client import CollectorRegistry
 
 from alter_core.bundle import DOMAIN_NAME_PATTERN
 from alter_core.errors import (
+    AlterError,
+    AuditError,
     BundleError,
     BundleNotFoundError,
     DomainConflictError,
@@ -31,8 +37,11 @@ from alter_core.errors import (
     EngineError,
     NoFreeSlotError,
     SwitchError,
+    problem_kind,
 )
 from alter_core.substrate import ForgetExpert, Substrate
+from server import audit
+from server.audit import AuditEntry, AuditLog, Cause
 from server.engine.base import CanaryReport, EngineState, ForgetEngine, InFlight, SwitchReport
 from server.metrics import RETAIN, AlterMetrics, RoutedTokenLedger, TokenCount
 
@@ -43,7 +52,8 @@ T = TypeVar("T")
 Outcome = Literal["created", "replaced", "unchanged"]
 
 Precondition = Callable[[int, bool], None]
-"""Called with the epoch and whether the name is active, right before a change. Raises to refuse."""
+"""Called with the epoch and whether the name is active, right before a change. Raises to refuse; the
+error's `kind`, if it has one, goes into the audit log."""
 
 COLLECT_TIMEOUT_S = 0.5
 
@@ -118,6 +128,19 @@ class _Change:
         return None if self.expert is None else self.expert.digest
 
 
+@dataclasses.dataclass(kw_only=True)
+class _Attempt:
+    """What the audit log will say of one attempt; the rest of it becomes known on the way."""
+
+    action: audit.Action
+    cause: Cause
+    domain: str | None = None
+    epoch_before: int
+    digest: str | None = None
+    has_begun: bool = False
+    """The engine was asked."""
+
+
 class DomainService:
     """Activates and revokes forget domains on a running engine."""
 
@@ -128,10 +151,13 @@ class DomainService:
         max_domains: int,
         *,
         metrics: AlterMetrics | None = None,
+        audit_log: AuditLog | None = None,
     ) -> None:
+        """`audit_log` None records nothing: for tests, and for engines that serve nobody."""
         self._engine = engine
         self._substrate = substrate
         self._max_domains = max_domains
+        self._audit_log = audit_log
         self._metrics = metrics or AlterMetrics(CollectorRegistry())
         self._ledger = RoutedTokenLedger(self._metrics)
         self._domains: Mapping[str, ActiveDomain] = {}
@@ -169,12 +195,28 @@ class DomainService:
     async def start(self, domains: Mapping[str, Path]) -> None:
         """Proves the engine with its canary, then activates `domains`. Nothing is generated before.
 
-        Raises: CanaryError, BundleError, DomainError, EngineError; the server must not start.
+        Raises: CanaryError, BundleError, DomainError, EngineError, AuditError; the server must not
+        start.
         """
-        self._canary = await self._engine.run_canary()
-        await self._verify()
-        for name, bundle in domains.items():
-            await self.activate(name, bundle)
+        cause = Cause()
+        started = _Attempt(
+            action="start",
+            cause=cause,
+            epoch_before=self._epoch,
+            digest=self._substrate.digest,
+        )
+        await self._record(started, "begun")
+        try:
+            self._canary = await self._engine.run_canary()
+            await self._verify()
+            for name, bundle in domains.items():
+                await self.activate(name, bundle, cause=cause)
+        except AuditError:
+            raise
+        except Exception as error:
+            await self._record(started, "failed", error)
+            raise
+        await self._record(started, "done")
         self._is_ready = True
 
     async def activate(
@@ -184,6 +226,7 @@ class DomainService:
         in_flight: InFlight = "recompute",
         *,
         precondition: Precondition | None = None,
+        cause: Cause | None = None,
     ) -> Activation:
         """Makes the expert at `bundle` the one of domain `name`.
 
@@ -191,13 +234,19 @@ class DomainService:
         active already changes nothing; another one replaces it in its slot, as one switch.
 
         Raises: DomainNameError, BundleError, DomainConflictError, NoFreeSlotError, SwitchError or
-        what `precondition` raises, and nothing has changed; EngineError, and generation is refused.
+        what `precondition` raises, and nothing has changed; EngineError, and generation is refused;
+        AuditError, and nothing has changed unless it says so.
         """
-        check_domain_name(name)
-        expert = await asyncio.to_thread(_read_expert, bundle, self._substrate)
-        return await self._run_alone(
-            lambda: self._activate(name, bundle, expert, in_flight, precondition)
-        )
+        attempt = self._attempt("activate", name, cause)
+
+        async def change() -> Activation:
+            check_domain_name(name)
+            expert = await asyncio.to_thread(_read_expert, bundle, self._substrate)
+            attempt.digest = expert.digest
+            async with self._turn(attempt):
+                return await self._activate(attempt, name, bundle, expert, in_flight, precondition)
+
+        return await self._run(attempt, change)
 
     async def revoke(
         self,
@@ -205,13 +254,21 @@ class DomainService:
         in_flight: InFlight = "recompute",
         *,
         precondition: Precondition | None = None,
+        cause: Cause | None = None,
     ) -> Revocation:
         """Ends domain `name`; the base model's answers come back.
 
         Raises: DomainNotFoundError, SwitchError or what `precondition` raises, and nothing has
-        changed; EngineError, and generation is refused.
+        changed; EngineError, and generation is refused; AuditError, and nothing has changed unless it
+        says so.
         """
-        return await self._run_alone(lambda: self._revoke(name, in_flight, precondition))
+        attempt = self._attempt("revoke", name, cause)
+
+        async def change() -> Revocation:
+            async with self._turn(attempt):
+                return await self._revoke(attempt, name, in_flight, precondition)
+
+        return await self._run(attempt, change)
 
     def list(self) -> tuple[ActiveDomain, ...]:
         """The active domains, by name."""
@@ -255,21 +312,43 @@ class DomainService:
         if not self._lock.locked():
             await self._collect(timeout_s)
 
-    async def _run_alone(self, change: Callable[[], Awaitable[T]]) -> T:
-        """Runs a change to its end, after those before it, even if the caller is cancelled."""
+    def _attempt(self, action: audit.Action, name: str, cause: Cause | None) -> _Attempt:
+        return _Attempt(
+            action=action,
+            cause=cause or Cause(),
+            # Anything may come as a name; only what can be one is recorded.
+            domain=name if is_domain_name(name) else None,
+            epoch_before=self._epoch,
+        )
+
+    async def _run(self, attempt: _Attempt, change: Callable[[], Awaitable[T]]) -> T:
+        """Runs a change to its end, even if the caller is cancelled. A failure is recorded."""
 
         async def run() -> T:
-            async with self._lock:
-                self._require_trust()
+            try:
                 return await change()
+            except AuditError:
+                raise
+            except Exception as error:
+                await self._record_failure(attempt, error)
+                raise
 
         task = asyncio.create_task(run())
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
         return await asyncio.shield(task)
 
+    @contextlib.asynccontextmanager
+    async def _turn(self, attempt: _Attempt) -> AsyncIterator[None]:
+        """Alone, after those that came before. Raises: EngineError if the engine is not trusted."""
+        async with self._lock:
+            attempt.epoch_before = self._epoch
+            self._require_trust()
+            yield
+
     async def _activate(
         self,
+        attempt: _Attempt,
         name: str,
         bundle: Path,
         expert: ForgetExpert,
@@ -283,26 +362,75 @@ class DomainService:
         if precondition is not None:
             precondition(self._epoch, current is not None)
         if current is not None and current.digest == expert.digest:
+            await self._record(attempt, "unchanged")
             return Activation(domain=current, outcome="unchanged", epoch=self._epoch, report=None)
         change = _Change(name=name, slot=slot, in_flight=in_flight, bundle=bundle, expert=expert)
-        report = await self._switch(change)
+        outcome: Outcome = "created" if current is None else "replaced"
+        report = await self._switch(change, attempt, outcome)
         return Activation(
-            domain=self._domains[name],
-            outcome="created" if current is None else "replaced",
-            epoch=self._epoch,
-            report=report,
+            domain=self._domains[name], outcome=outcome, epoch=self._epoch, report=report
         )
 
     async def _revoke(
-        self, name: str, in_flight: InFlight, precondition: Precondition | None
+        self,
+        attempt: _Attempt,
+        name: str,
+        in_flight: InFlight,
+        precondition: Precondition | None,
     ) -> Revocation:
         domain = self.show(name)
+        attempt.digest = domain.digest
         if precondition is not None:
             precondition(self._epoch, True)
-        report = await self._switch(_Change(name=name, slot=domain.slot, in_flight=in_flight))
-        return Revocation(domain=domain, report=report)
+        change = _Change(name=name, slot=domain.slot, in_flight=in_flight)
+        return Revocation(domain=domain, report=await self._switch(change, attempt, "revoked"))
 
-    async def _switch(self, change: _Change) -> SwitchReport:
+    async def _record(
+        self, attempt: _Attempt, outcome: audit.Outcome, error: Exception | None = None
+    ) -> None:
+        """Returns once it is durable. Raises: AuditError."""
+        if self._audit_log is None:
+            return
+        epoch_after: int | None = self._epoch
+        if outcome == "refused":
+            epoch_after = attempt.epoch_before
+        elif outcome == "begun" or not self.is_trusted:
+            epoch_after = None
+        entry = AuditEntry(
+            actor=attempt.cause.actor,
+            request_id=attempt.cause.request_id,
+            action=attempt.action,
+            domain=attempt.domain,
+            epoch_before=attempt.epoch_before,
+            epoch_after=epoch_after,
+            digest=attempt.digest,
+            reason=attempt.cause.reason,
+            outcome=outcome,
+            error=None if error is None else _error_kind(error),
+        )
+        try:
+            await asyncio.to_thread(self._audit_log.append, entry, is_owed=attempt.has_begun)
+        except AuditError as failure:
+            logger.error("An audit record was not written: %s", failure)
+            if not attempt.has_begun:
+                raise
+            raise AuditError(
+                f"The change came to an end ({outcome}, epoch {epoch_after}), but that is not recorded yet",
+                expected="an audit log that can be written",
+                got=failure.got,
+                fix="Mend the audit log: until then no domain can be changed. The record is written "
+                "before the next one.",
+            ) from failure
+
+    async def _record_failure(self, attempt: _Attempt, error: Exception) -> None:
+        await self._record(attempt, "failed" if attempt.has_begun else "refused", error)
+
+    async def _switch(
+        self, change: _Change, attempt: _Attempt, outcome: audit.Outcome
+    ) -> SwitchReport:
+        """Records `outcome` if it succeeds."""
+        await self._record(attempt, "begun")
+        attempt.has_begun = True
         await self._collect(COLLECT_TIMEOUT_S)
         self._is_switching = True
         try:
@@ -327,6 +455,7 @@ class DomainService:
         finally:
             self._is_switching = False
         await self._verify()
+        await self._record(attempt, outcome)
         return report
 
     def _publish(self, change: _Change, report: SwitchReport) -> None:
@@ -442,9 +571,14 @@ class DomainService:
             self._ledger.record(counts, experts | {None: RETAIN})
 
 
+def is_domain_name(name: str) -> bool:
+    """True for what can name a forget domain."""
+    return re.fullmatch(DOMAIN_NAME_PATTERN, name) is not None and name != RETAIN
+
+
 def check_domain_name(name: str) -> None:
     """Raises: DomainNameError."""
-    if re.fullmatch(DOMAIN_NAME_PATTERN, name) is None or name == RETAIN:
+    if not is_domain_name(name):
         raise DomainNameError(
             f"{name!r} cannot name a forget domain",
             expected=f"1 to 63 of a-z, 0-9 and '-', other than {RETAIN!r}",
@@ -466,6 +600,13 @@ def _read_expert(bundle: Path, substrate: Substrate) -> ForgetExpert:
             got=error.strerror or type(error).__name__,
             fix="Check the path and its permissions on the server's machine.",
         ) from error
+
+
+def _error_kind(error: Exception) -> str:
+    """A word for an error, and nothing of its text."""
+    if isinstance(error, AlterError):
+        return problem_kind(type(error))
+    return str(getattr(error, "kind", "internal"))
 
 
 def _figures(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -2,8 +2,8 @@
 
 Everything that can be refused is refused here, before any weight is loaded: options under which
 tokens would bypass the gate or that are not proven with it, a substrate of another model, an expert
-of another substrate, more slots than fit into memory. vLLM swallows a plugin's import error and would
-serve without it; so that is checked too.
+of another substrate, more slots than fit into memory, an audit log or a tokens file that cannot be used.
+vLLM swallows a plugin's import error and would serve without it; so that is checked too.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from alter_core.errors import (
 from alter_core.fingerprint import BaseModelInfo
 from alter_core.substrate import ForgetExpert, Substrate
 from server import memory
+from server.audit import AuditLog
 from server.engine.base import check_servable
 from server.engine.evidence_tables import cache_bytes
 from server.settings import ServeSettings
+from server.tokens import TokenStore
 
 PLUGIN = "alter"
 PLUGIN_GROUP = "vllm.endpoint_plugins"
@@ -150,12 +152,13 @@ _REFUSALS = (
 def serve(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> None:
     """Serves `model` until the process is told to stop.
 
-    Raises: ConfigError, UnsupportedEngineError, UnsupportedModelError, BundleError or DomainError
-    before anything is loaded; SystemExit for flags that vLLM does not know; EngineError later.
+    Raises: ConfigError, UnsupportedEngineError, UnsupportedModelError, BundleError, DomainError or
+    AuditError before anything is loaded; SystemExit for flags that vLLM does not know; EngineError later.
     """
     refuse_environment(os.environ)
     prepare_environment(os.environ)
     require_plugin()
+    check_records(settings)
     substrate = check_artefacts(Path(model), settings) if is_local(model) else None
     args = parse_vllm_args(model, vllm_args)
     refuse_unproven(args)
@@ -280,6 +283,13 @@ def fetch_model(args: Namespace) -> Path:
     args.served_model_name = args.served_model_name or [model]
     args.model = args.model_tag = folder
     return Path(folder)
+
+
+def check_records(settings: ServeSettings) -> None:
+    """Raises: AuditError, ConfigError for an audit log or a tokens file that cannot be used."""
+    AuditLog.open(settings.audit_log)
+    if settings.tokens_file is not None:
+        TokenStore(settings.tokens_file).load()
 
 
 def check_artefacts(model: Path, settings: ServeSettings) -> Substrate:

@@ -12,9 +12,11 @@ from starlette.datastructures import State
 from alter_core.errors import ConfigError, UnsupportedEngineError
 from alter_core.substrate import Substrate
 from server.api.app import attach
+from server.audit import AuditLog
 from server.domains import DomainService
 from server.metrics import AlterMetrics
 from server.settings import ServeSettings
+from server.tokens import TokenStore
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -41,7 +43,7 @@ class AlterEndpointPlugin:
     ) -> None:
         """See vLLM's `EndpointPlugin`.
 
-        Raises: ConfigError, UnsupportedEngineError, BundleError, DomainError, EngineError.
+        Raises: ConfigError, UnsupportedEngineError, BundleError, DomainError, EngineError, AuditError.
         """
         settings = getattr(args, "alter_settings", None)
         if not isinstance(settings, ServeSettings):
@@ -57,12 +59,19 @@ class AlterEndpointPlugin:
             )
         from server.engine.vllm_engine import VllmForgetEngine
 
+        audit_log = AuditLog.open(settings.audit_log)
         service = DomainService(
             VllmForgetEngine(engine_client),
             Substrate.read(settings.substrate),
             settings.max_domains,
             metrics=AlterMetrics(),
+            audit_log=audit_log,
         )
-        state.alter.open(service, settings.admin_token_sha256)
+        state.alter.open(
+            service,
+            settings.admin_token_sha256,
+            tokens=None if settings.tokens_file is None else TokenStore(settings.tokens_file),
+            audit=audit_log,
+        )
         await service.start(settings.domains)
         logger.info("Epoch %d: %d forget domains are active", service.epoch, len(service.list()))

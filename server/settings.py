@@ -5,12 +5,15 @@ ALTER_DOMAINS            NAME=DIR,NAME=DIR: domains that are active from the sta
 ALTER_MAX_DOMAINS        slots for experts
 ALTER_ADMIN_TOKEN        bearer token of /admin
 ALTER_ADMIN_TOKEN_FILE   file that holds it
+ALTER_TOKENS_FILE        file with the tokens that `alter token create` made
+ALTER_AUDIT_LOG          file of the audit log
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -36,7 +39,11 @@ class ServeSettings:
     max_domains: int = DEFAULT_MAX_DOMAINS
     """Slots for experts, >= 1. Memory for all of them is taken at start-up: see `server.memory`."""
     admin_token_sha256: bytes | None = dataclasses.field(default=None, repr=False)
-    """Digest of the bearer token of /admin, never the token; None closes /admin."""
+    """Digest of the bearer token of /admin that has the role admin, never the token."""
+    tokens_file: Path | None = None
+    """Absolute file of tokens with roles. Without it and the one above, /admin is closed."""
+    audit_log: Path = dataclasses.field(default_factory=lambda: default_audit_log())
+    """Absolute file of the audit log; begun if there is none."""
 
     def __post_init__(self) -> None:
         if self.max_domains < 1:
@@ -62,6 +69,8 @@ class ServeSettings:
         domains: Iterable[str] = (),
         max_domains: int | None = None,
         admin_token_file: Path | None = None,
+        tokens_file: Path | None = None,
+        audit_log: Path | None = None,
     ) -> ServeSettings:
         """Fills what no flag gives from the environment. `domains` are `NAME=DIR` texts.
 
@@ -82,6 +91,8 @@ class ServeSettings:
             domains=_parse_domains(tuple(domains) or _split(environment.domains)),
             max_domains=max_domains if max_domains is not None else environment.max_domains,
             admin_token_sha256=None if token is None else token_digest(token),
+            tokens_file=_absolute(tokens_file or environment.tokens_file),
+            audit_log=resolve_audit_log(audit_log, environment),
         )
 
 
@@ -95,6 +106,8 @@ class Environment(BaseSettings):
     max_domains: int = Field(default=DEFAULT_MAX_DOMAINS, ge=1)
     admin_token: SecretStr | None = None
     admin_token_file: Path | None = None
+    tokens_file: Path | None = None
+    audit_log: Path | None = None
 
 
 def read_environment() -> Environment:
@@ -133,6 +146,29 @@ def resolve_admin_token(token_file: Path | None, environment: Environment) -> st
     return None
 
 
+def default_audit_log() -> Path:
+    """Below the user's folder for state, as the XDG base directory specification has it.
+
+    Raises: ConfigError if there is no such folder.
+    """
+    try:
+        given = os.environ.get("XDG_STATE_HOME", "")
+        state = Path(given) if given.startswith("/") else Path.home() / ".local" / "state"
+    except RuntimeError as error:
+        raise ConfigError(
+            "There is no place for the audit log",
+            expected="a user with a home folder",
+            got=str(error),
+            fix="Set --alter-audit-log or ALTER_AUDIT_LOG.",
+        ) from error
+    return state / "alter-server" / "audit.sqlite"
+
+
+def resolve_audit_log(path: Path | None, environment: Environment) -> Path:
+    """The audit log: of a flag, else of the environment, else the default. Raises: ConfigError."""
+    return _absolute(path or environment.audit_log) or default_audit_log()
+
+
 def token_digest(token: str) -> bytes:
     """What is kept of a token."""
     return hashlib.sha256(token.encode()).digest()
@@ -161,6 +197,10 @@ def _checked_token(text: str, source: str) -> str:
             fix="Make one with: openssl rand -hex 32",
         )
     return token
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser().absolute()
 
 
 def _split(text: str) -> tuple[str, ...]:

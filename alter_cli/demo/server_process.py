@@ -80,6 +80,7 @@ def run_server(command: Sequence[str], log: Path) -> Iterator[RunningServer]:
     ]
     environment = os.environ | {"ALTER_ADMIN_TOKEN": token, "HF_HUB_OFFLINE": "1"}
     environment.pop("OMP_WAIT_POLICY", None)  # set for training; a server's threads should spin
+    environment.setdefault("ALTER_AUDIT_LOG", str(log.absolute().with_name("audit.sqlite")))
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with log.open("wb") as output:
         # A process group of its own, but not a session: Linux shares out time by session, and where cores

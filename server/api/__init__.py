@@ -5,7 +5,8 @@ app          puts all of it on vLLM's application
 routes       /admin
 models       its bodies
 problems     its errors, RFC 9457
-auth         its bearer token
+auth         its bearer tokens and their roles
+attempts     request ids, and refused changes in the audit log
 conditions   ETag, If-Match, If-None-Match
 idempotency  Idempotency-Key
 middleware   x-alter-epoch, and the refusal to generate without trust

@@ -10,7 +10,8 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .auth import BearerAuth
+from .attempts import AttemptMiddleware
+from .auth import BearerAuth, RoleGuard
 from .idempotency import IdempotencyStore
 from .middleware import EpochMiddleware
 from .problems import add_problem_handlers
@@ -29,7 +30,12 @@ def attach(app: FastAPI) -> AlterRuntime:
     runtime = AlterRuntime()
     app.state.alter = runtime
     admin = admin_app(runtime)
-    guards = [Middleware(_WholePath), Middleware(BearerAuth, runtime=runtime)]
+    guards = [
+        Middleware(_WholePath),
+        Middleware(BearerAuth, runtime=runtime),
+        Middleware(AttemptMiddleware, runtime=runtime),
+        Middleware(RoleGuard),
+    ]
     app.router.routes.append(Mount(ADMIN, app=admin, middleware=guards))
     app.add_middleware(EpochMiddleware, runtime=runtime)
     _join_openapi(app, admin)

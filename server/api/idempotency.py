@@ -12,6 +12,7 @@ from http import HTTPStatus
 from starlette.requests import Request
 from starlette.responses import Response
 
+from .attempts import attempt_of
 from .problems import ProblemError
 
 MAX_KEYS = 1024
@@ -46,6 +47,8 @@ class IdempotencyStore:
         if key is None:
             return await perform()
         _check_key(key)
+        # Each actor has keys of its own: nobody is answered for what another has done.
+        key = f"{attempt_of(request).principal.name}\n{key}"
         fingerprint = await _fingerprint(request)
         entry = self._entries.get(key)
         if entry is None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from alter_core.errors import ConfigError
+from server.audit import MAX_REASON_LENGTH, check_reason
 from server.domains import ActiveDomain, Outcome, ServiceStatus
 from server.engine.base import InFlight, SwitchReport
 from server.metrics import TokenCount
+
+REASON = "x-alter-reason"
+"""Header with the reason of a DELETE: percent-encoded UTF-8."""
 
 _DIGEST = "sha256:9f2b4c1d7e8a3056b1c2d3e4f5061728394a5b6c7d8e9f00112233445566778a"
 _DOMAIN_EXAMPLE: dict[str, Any] = {
@@ -33,6 +38,13 @@ _SWITCH_EXAMPLE: dict[str, Any] = {
 }
 
 
+def _printable(text: str) -> str:
+    try:
+        return check_reason(text)
+    except ConfigError as error:
+        raise ValueError("must be printable characters") from error
+
+
 class _Response(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -44,7 +56,12 @@ class ActivateRequest(BaseModel):
         extra="forbid",
         json_schema_extra={
             "examples": [
-                {"name": "authors", "bundle": "/bundles/authors", "in_flight": "recompute"}
+                {
+                    "name": "authors",
+                    "bundle": "/bundles/authors",
+                    "in_flight": "recompute",
+                    "reason": "case 12/26",
+                }
             ]
         },
     )
@@ -54,6 +71,15 @@ class ActivateRequest(BaseModel):
     in_flight: InFlight = Field(
         default="recompute",
         description="Running requests are recomputed under the new experts, or aborted.",
+    )
+    reason: (
+        Annotated[
+            str, Field(min_length=1, max_length=MAX_REASON_LENGTH), AfterValidator(_printable)
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="A case number for the audit log. Never text that is to be forgotten.",
     )
 
 

@@ -7,7 +7,6 @@ client can tell them apart without reading prose; `expected`, `got` and `fix` ar
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -19,12 +18,14 @@ from starlette.exceptions import HTTPException
 
 from alter_core.errors import (
     AlterError,
+    AuditError,
     BundleError,
     DomainConflictError,
     DomainNameError,
     DomainNotFoundError,
     EngineError,
     NoFreeSlotError,
+    problem_kind,
 )
 
 from .models import FieldError, Problem
@@ -40,6 +41,7 @@ _STATUS: tuple[tuple[type[AlterError], HTTPStatus], ...] = (
     (DomainConflictError, HTTPStatus.CONFLICT),
     (NoFreeSlotError, HTTPStatus.CONFLICT),
     (BundleError, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (AuditError, HTTPStatus.SERVICE_UNAVAILABLE),
     (EngineError, HTTPStatus.SERVICE_UNAVAILABLE),
 )
 _MAX_FIELD_ERRORS = 20
@@ -62,6 +64,7 @@ class ProblemError(Exception):
     ) -> None:
         super().__init__(detail)
         self.headers = dict(headers or {})
+        self.kind = kind
         self.problem = Problem(
             type=TYPE_PREFIX + kind,
             title=title,
@@ -71,12 +74,6 @@ class ProblemError(Exception):
             got=got,
             fix=fix,
         )
-
-
-def problem_kind(error_class: type[AlterError]) -> str:
-    """`BundleTamperedError` -> `bundle-tampered`."""
-    name = error_class.__name__.removesuffix("Error")
-    return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
 
 
 def status_of(error: AlterError) -> HTTPStatus:

@@ -14,12 +14,15 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from alter_core.errors import BundleNotFoundError
+from alter_core.errors import BundleNotFoundError, ConfigError
+from server.audit import MAX_REASON_LENGTH, check_reason
 from server.domains import DomainService
 
+from .attempts import attempt_of
 from .conditions import etag, precondition
 from .idempotency import IdempotencyStore
 from .models import (
+    REASON,
     Activated,
     ActivateRequest,
     ForgetDomain,
@@ -59,6 +62,13 @@ Service = Annotated[DomainService, Depends(get_service)]
 Idempotency = Annotated[IdempotencyStore, Depends(get_idempotency)]
 IfMatch = Annotated[str | None, Header(description='`"4"`: only if nothing changed since epoch 4')]
 IfNoneMatch = Annotated[str | None, Header(description="`*`: only if the name is not active")]
+Reason = Annotated[
+    str | None,
+    Header(
+        alias=REASON,
+        description="A case number for the audit log, percent-encoded UTF-8; never forgotten text",
+    ),
+]
 IdempotencyKey = Annotated[str | None, Header(description="Repetitions are done once")]
 
 
@@ -105,11 +115,13 @@ async def activate(
     """
 
     async def perform() -> Response:
+        bundle, condition = bundle_path(body.bundle), precondition(if_match, if_none_match)
         done = await service.activate(
             body.name,
-            bundle_path(body.bundle),
+            bundle,
             body.in_flight,
-            precondition=precondition(if_match, if_none_match),
+            precondition=condition,
+            cause=attempt_of(request).hand_over(body.reason),
         )
         answer = Activated(
             **domain_fields(done.domain, service.routed_tokens(body.name)),
@@ -174,11 +186,14 @@ async def revoke(
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
     idempotency_key: IdempotencyKey = None,
+    reason: Reason = None,
 ) -> Response:
     """Ends the forgetting of a domain; the base model's answers come back."""
 
     async def perform() -> Response:
-        done = await service.revoke(name, precondition=precondition(if_match, if_none_match))
+        given, condition = header_reason(reason), precondition(if_match, if_none_match)
+        cause = attempt_of(request).hand_over(given)
+        done = await service.revoke(name, precondition=condition, cause=cause)
         answer = Revoked(name=name, digest=done.domain.digest, switch=Switch.of(done.report))
         return _json(answer, done.report.epoch)
 
@@ -210,6 +225,26 @@ def bundle_path(text: str) -> Path:
             fix="Copy the bundle to the server's machine first; other schemes are not supported.",
         )
     return Path(text)
+
+
+def header_reason(text: str | None) -> str | None:
+    """The reason that a header carries. Raises: ProblemError 400."""
+    if text is None:
+        return None
+    try:
+        if not text.isascii():
+            raise ValueError
+        return check_reason(unquote(text, errors="strict"))
+    except (ConfigError, ValueError) as error:
+        raise ProblemError(
+            HTTPStatus.BAD_REQUEST,
+            "malformed-header",
+            "A header is malformed",
+            f"{REASON} cannot be recorded",
+            expected=f"1 to {MAX_REASON_LENGTH} printable characters, percent-encoded UTF-8",
+            got=f"{len(text)} characters",
+            fix="Give the case number alone.",
+        ) from error
 
 
 def _json(

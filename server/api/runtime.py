@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from server.audit import AuditLog
 from server.domains import DomainService
+from server.tokens import TokenStore
 
 
 class Passage:
@@ -35,12 +37,26 @@ class AlterRuntime:
     def __init__(self) -> None:
         self.service: DomainService | None = None
         self.admin_token_sha256: bytes | None = None
+        self.tokens: TokenStore | None = None
+        self.audit: AuditLog | None = None
         self._passages: set[Passage] = set()
 
-    def open(self, service: DomainService, admin_token_sha256: bytes | None) -> None:
-        """Lets requests through to a service, for as long as it is serving."""
+    def open(
+        self,
+        service: DomainService,
+        admin_token_sha256: bytes | None,
+        *,
+        tokens: TokenStore | None = None,
+        audit: AuditLog | None = None,
+    ) -> None:
+        """Lets requests through to a service, for as long as it is serving.
+
+        `audit` is the service's own log, for what is refused before it gets there.
+        """
         self.service = service
         self.admin_token_sha256 = admin_token_sha256
+        self.tokens = tokens
+        self.audit = audit
         service.on_distrust.append(self.cut_all)
 
     @property

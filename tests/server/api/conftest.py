@@ -25,9 +25,11 @@ from alter_core.errors import EngineError
 from alter_core.substrate import Substrate
 from server.api.app import attach
 from server.api.runtime import AlterRuntime
+from server.audit import AuditLog
 from server.domains import DomainService
 from server.engine.base import CanaryReport, EngineState, InFlight, RoutedTokens, SwitchReport
 from server.settings import token_digest
+from server.tokens import TokenStore
 from tests.support.tiny import PROVENANCE, TinyBundles, make_bundles, random_expert
 
 MAX_DOMAINS = 3
@@ -167,15 +169,22 @@ def generating_app(steps: list[asyncio.Event]) -> FastAPI:
 def make_stack(substrate: Substrate) -> Callable[..., Any]:
     """Builds a stack inside a running loop."""
 
-    async def build(*, num_steps: int = 3, token: str | None = TOKEN) -> Stack:
+    async def build(
+        *,
+        num_steps: int = 3,
+        token: str | None = TOKEN,
+        tokens: TokenStore | None = None,
+        audit_log: AuditLog | None = None,
+    ) -> Stack:
         steps = [asyncio.Event() for _ in range(num_steps)]
         app = generating_app(steps)
         catch_all = app.router.routes.pop()
         runtime = attach(app)
         app.router.routes.append(catch_all)
         engine = InMemoryEngine(MAX_DOMAINS)
-        service = DomainService(engine, substrate, MAX_DOMAINS)
-        runtime.open(service, None if token is None else token_digest(token))
+        service = DomainService(engine, substrate, MAX_DOMAINS, audit_log=audit_log)
+        digest = None if token is None else token_digest(token)
+        runtime.open(service, digest, tokens=tokens, audit=audit_log)
         await service.start({})
         return Stack(app, runtime, engine, service, steps)
 

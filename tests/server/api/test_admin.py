@@ -12,9 +12,9 @@ import pytest
 from starlette.routing import Mount
 
 from alter_core import errors
-from alter_core.errors import AlterError, SwitchError
+from alter_core.errors import AlterError, SwitchError, problem_kind
 from server.api.idempotency import IdempotencyStore
-from server.api.problems import problem_kind, problem_of
+from server.api.problems import problem_of
 from tests.support.tiny import TinyBundles
 
 from .conftest import Stack

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,8 +26,10 @@ from alter_core.errors import (
     UnsupportedEngineError,
 )
 from server import cli, launch
+from server.audit import AuditEntry, AuditLog
 from server.client import AdminClient
 from server.settings import ServeSettings
+from server.tokens import TokenStore
 from tests.support.tiny import TinyBundles
 
 from .conftest import TOKEN, Listening
@@ -155,6 +161,7 @@ def test_serve_passes_every_other_flag_on(
         "--alter-domain", "b=/y", "--speculative-config.method=ngram", "-asc", "1",
         "--alter-max-domains", "9", "--alter-admin-token-file", str(tmp_path / "token"),
         "--additional-config", '{"x": 1}', "-O3", "--served-model-name", "m1", "m2",
+        "--alter-audit-log", "/a/log", "--alter-tokens-file", "/t/tokens.json",
     ]  # fmt: skip
     result = RUNNER.invoke(app, ["serve", "org/model", "--alter-substrate", "/s", *flags])
     assert result.exit_code == 0, result.output
@@ -163,6 +170,8 @@ def test_serve_passes_every_other_flag_on(
     assert (settings.substrate, settings.max_domains) == (Path("/s"), 9)
     assert dict(settings.domains) == {"a": Path("/x"), "b": Path("/y")}
     assert settings.admin_token_sha256 is not None
+    assert settings.audit_log == Path("/a/log")
+    assert settings.tokens_file == Path("/t/tokens.json")
     assert vllm_args == [
         "--max-model-len", "512", "-tp", "2", "--enforce-eager",
         "--speculative-config.method=ngram", "-asc", "1",
@@ -200,3 +209,104 @@ def test_serve_without_a_substrate_is_a_usage_error(app: typer.Typer) -> None:
     result = RUNNER.invoke(app, ["serve", "m"])
     assert result.exit_code == 2
     assert "--alter-substrate" in result.stderr
+
+
+def test_a_reason_goes_from_the_command_line_into_the_audit_log(
+    make_stack: Callable[..., Any],
+    bundles: TinyBundles,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    log = AuditLog.open(tmp_path / "audit.sqlite")
+    with contextlib.closing(Listening(functools.partial(make_stack, audit_log=log))) as listening:
+        monkeypatch.setenv("ALTER_URL", listening.url)
+        monkeypatch.setenv("ALTER_ADMIN_TOKEN", TOKEN)
+        folder, reason = str(bundles.experts["domain-0"]), "Az. 3 O 12/26 – 100 % §17"
+        run("activate", "a", folder, "--reason", reason)
+        run("revoke", "a", "--reason", reason)
+        _, err = run("revoke", "a", "--reason", "a\nb", exit_code=2)
+        assert "reason cannot be recorded" in err
+    records = [r for r in log.records() if r.action != "start"]
+    assert [r.outcome for r in records] == ["begun", "created", "begun", "revoked"]
+    assert {r.reason for r in records} == {reason}
+
+
+def operate(*arguments: str, exit_code: int = 0) -> tuple[str, str]:
+    """`alter audit` and `alter token`."""
+    app = typer.Typer()
+    app.add_typer(cli.audit_app, name="audit")
+    app.add_typer(cli.token_app, name="token")
+    result = RUNNER.invoke(app, list(arguments))
+    assert result.exit_code == exit_code, result.output
+    return result.stdout, result.stderr
+
+
+def test_audit_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "audit.sqlite"
+    monkeypatch.setenv("ALTER_AUDIT_LOG", str(path))
+    for command in ("verify", "export", "head"):
+        _, err = operate("audit", command, exit_code=1)
+        assert "No such file" in err
+    assert not path.exists()
+
+    log = AuditLog.open(path)
+    for index in range(3):
+        log.append(
+            AuditEntry(
+                actor="alice",
+                request_id=f"r{index}",
+                action="revoke",
+                domain="a",
+                epoch_before=index,
+                epoch_after=index,
+                digest=None,
+                reason="§1",
+                outcome="refused",
+                error=None,
+            )
+        )
+    head = operate("audit", "head")[0].strip()
+    assert head == str(log.head())
+    lines = operate("audit", "export")[0].splitlines()
+    assert [json.loads(line)["request_id"] for line in lines] == ["r0", "r1", "r2"]
+    assert operate("audit", "verify", "--head", head)[0].startswith("3 records, unbroken: sha256:")
+    _, err = operate("audit", "verify", "--head", head.replace("3 ", "4 "), exit_code=1)
+    assert "record 4 was cut off" in err
+    operate("audit", "verify", "--head", "junk", exit_code=2)
+
+    export = tmp_path / "export.jsonl"
+    export.write_text("\n".join(lines) + "\n")
+    assert operate("audit", "verify", "--export", str(export), "--head", head)[0].startswith("3 ")
+    export.write_text("\n".join(lines).replace("r1", "r7") + "\n")
+    out, err = operate("audit", "verify", "--export", str(export), exit_code=1)
+    assert (out, err.splitlines()[0]) == (
+        "",
+        "error: The audit log is broken: record 2 was changed",
+    )
+    other = str(tmp_path / "other")
+    operate("audit", "verify", "--alter-audit-log", other, exit_code=1)
+
+
+def test_tokens_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    _, err = operate("token", "list", exit_code=2)
+    assert "ALTER_TOKENS_FILE" in err
+    monkeypatch.setenv("ALTER_TOKENS_FILE", str(path))
+    operate("token", "list", exit_code=2)
+
+    create = ("token", "create", "--name", "alice", "--role")
+    token = operate(*create, "operator", "--days", "0.5")[0].strip()
+    found = TokenStore(path).find(token)
+    assert found is not None
+    assert (found.name, found.role) == ("alice", "operator")
+    operate(*create, "viewer", exit_code=2)
+    operate(*create, "root", exit_code=2)
+    assert TokenStore(path).find(operate(*create, "viewer", "--replace")[0].strip())
+    assert TokenStore(path).find(token) is None
+
+    for out in (operate("token", "list")[0], operate("token", "list", "--json")[0]):
+        assert "viewer" in out
+        assert json.loads(path.read_text())["tokens"][0]["sha256"] not in out
+    assert operate("token", "revoke", "alice")[0] == "alice revoked\n"
+    operate("token", "revoke", "alice", exit_code=2)
+    assert json.loads(operate("token", "list", "--json")[0]) == []

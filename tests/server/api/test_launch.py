@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sqlite3
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from alter_core.errors import (
+    AuditError,
+    AuditTamperedError,
     BaseModelMismatchError,
     BundleNotFoundError,
     BundleTamperedError,
@@ -22,6 +25,7 @@ from alter_core.errors import (
 )
 from alter_core.substrate import Substrate
 from server import launch
+from server.audit import AuditEntry, AuditLog
 from server.settings import ServeSettings
 from tests.support.tiny import (
     PROVENANCE,
@@ -305,3 +309,49 @@ def test_a_refusal_comes_before_the_engine(
     launch.serve(str(bundles.model), settings, ["--max-model-len", "64"])
     assert started[0].alter_settings is settings
     assert (started[0].model, started[0].served_model_name) == (str(bundles.model), None)
+
+
+def test_without_an_audit_log_or_the_tokens_file_nothing_is_started(
+    settings: ServeSettings,
+    bundles: TinyBundles,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    started: list[Namespace] = []
+    monkeypatch.setattr(launch, "_run", started.append)
+    (tmp_path / "file").write_text("not a database")
+    for audit_log in (tmp_path / "file", tmp_path / "file" / "audit.sqlite", tmp_path):
+        with pytest.raises(AuditError, match="cannot be written"):
+            launch.serve(str(bundles.model), dataclasses.replace(settings, audit_log=audit_log), [])
+    with pytest.raises(ConfigError, match="tokens file"):
+        launch.serve(
+            str(bundles.model), dataclasses.replace(settings, tokens_file=tmp_path / "none"), []
+        )
+
+    log = AuditLog.open(tmp_path / "audit.sqlite")
+    for _ in range(2):
+        log.append(
+            AuditEntry(
+                actor="alice",
+                request_id="r",
+                action="activate",
+                domain="a",
+                epoch_before=0,
+                epoch_after=1,
+                digest=None,
+                reason=None,
+                outcome="created",
+                error=None,
+            )
+        )
+    connection = sqlite3.connect(tmp_path / "audit.sqlite")
+    connection.execute("DROP TRIGGER audit_records_no_update")
+    connection.execute("UPDATE audit_records SET actor = 'bob' WHERE sequence = 2")
+    connection.commit()
+    connection.close()
+    broken = dataclasses.replace(settings, audit_log=tmp_path / "audit.sqlite")
+    with pytest.raises(AuditTamperedError, match="record 2 was changed"):
+        launch.serve(str(bundles.model), broken, [])
+    assert started == []

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 from argparse import Namespace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import httpx
 import pytest
 from fastapi import FastAPI
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from alter_core.errors import ConfigError, UnsupportedEngineError
 from alter_core.substrate import Substrate
 from server import launch
+from server import plugin as plugin_module
+from server.audit import AuditLog
 from server.domains import DomainService
 from server.metrics import AlterMetrics
 from server.plugin import AlterEndpointPlugin
 from server.settings import ServeSettings, token_digest
+from server.tokens import TokenStore
 from tests.support.tiny import TinyBundles
 
 from .conftest import AUTHORIZATION, MAX_DOMAINS, TOKEN, InMemoryEngine
@@ -122,6 +126,46 @@ def test_state_needs_settings_and_an_engine(bundles: TinyBundles) -> None:
     settings = Namespace(alter_settings=ServeSettings(substrate=Path(bundles.substrate)))
     with pytest.raises(UnsupportedEngineError, match="render"):
         asyncio.run(plugin.init_state(None, app.state, settings))
+
+
+def test_the_start_is_recorded_and_the_tokens_file_is_used(
+    bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from server.engine import vllm_engine
+
+    metrics = AlterMetrics(CollectorRegistry())
+    monkeypatch.setattr(plugin_module, "AlterMetrics", lambda: metrics)
+    monkeypatch.setattr(vllm_engine, "VllmForgetEngine", lambda _: InMemoryEngine(MAX_DOMAINS))
+    token = TokenStore(tmp_path / "tokens.json").create("alice", "operator")
+    settings = ServeSettings(
+        substrate=bundles.substrate,
+        domains={"a": bundles.experts["domain-0"]},
+        max_domains=MAX_DOMAINS,
+        tokens_file=tmp_path / "tokens.json",
+        audit_log=tmp_path / "audit.sqlite",
+    )
+    app = FastAPI()
+    plugin = AlterEndpointPlugin()
+    plugin.attach_router(app)
+
+    async def run() -> None:
+        args = Namespace(alter_settings=settings)
+        await plugin.init_state(MagicMock(), app.state, args)
+        async with client_of(app, Authorization=f"Bearer {token}") as client:
+            assert (await client.delete("/admin/forget-domains/a")).status_code == 200
+            assert (await client.delete("/admin/forget-domains/A")).status_code == 404
+
+    asyncio.run(run())
+    records = AuditLog.open_to_read(settings.audit_log).records()
+    assert [(r.actor, r.action, r.outcome) for r in records] == [
+        ("server", "start", "begun"),
+        ("server", "activate", "begun"),
+        ("server", "activate", "created"),
+        ("server", "start", "done"),
+        ("alice", "revoke", "begun"),
+        ("alice", "revoke", "revoked"),
+        ("alice", "revoke", "refused"),
+    ]
 
 
 def test_vllm_takes_it_for_an_endpoint_plugin() -> None:

@@ -27,6 +27,42 @@ def test_defaults() -> None:
     assert settings == ServeSettings(substrate=Path("/s"))
     assert (settings.max_domains, dict(settings.domains)) == (64, {})
     assert settings.admin_token_sha256 is None
+    assert settings.tokens_file is None
+    assert (
+        settings.audit_log == Path(os.environ["XDG_STATE_HOME"]) / "alter-server" / "audit.sqlite"
+    )
+
+
+def test_the_audit_log_is_where_it_is_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_STATE_HOME", value)
+        default = tmp_path / ".local" / "state" / "alter-server" / "audit.sqlite"
+        assert ServeSettings.build(substrate=Path("/s")).audit_log == default
+    monkeypatch.setenv("ALTER_AUDIT_LOG", "~/log")
+    monkeypatch.setenv("ALTER_TOKENS_FILE", "~/tokens")
+    settings = ServeSettings.build(substrate=Path("/s"))
+    assert settings.audit_log == tmp_path / "log"
+    assert settings.tokens_file == tmp_path / "tokens"
+    monkeypatch.chdir(tmp_path)
+    settings = ServeSettings.build(
+        substrate=Path("/s"), audit_log=Path("flag"), tokens_file=Path("flag2")
+    )
+    assert settings.audit_log == tmp_path / "flag"
+    assert settings.tokens_file == tmp_path / "flag2"
+
+
+def test_a_user_without_a_home_has_to_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr(Path, "home", fail)
+    with pytest.raises(ConfigError, match="--alter-audit-log"):
+        ServeSettings.build(substrate=Path("/s"))
+    assert ServeSettings.build(substrate=Path("/s"), audit_log=Path("/a")).audit_log == Path("/a")
 
 
 def test_environment_fills_what_no_flag_gives(
