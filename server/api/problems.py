@@ -20,11 +20,16 @@ from starlette.exceptions import HTTPException
 from alter_core.errors import (
     AlterError,
     BundleError,
+    ChangeRequestError,
     DomainConflictError,
     DomainNameError,
     DomainNotFoundError,
     EngineError,
+    EpochConflictError,
+    IdempotencyConflictError,
     NoFreeSlotError,
+    OperationNotFoundError,
+    RegistryError,
 )
 
 from .models import FieldError, Problem
@@ -40,6 +45,11 @@ _STATUS: tuple[tuple[type[AlterError], HTTPStatus], ...] = (
     (DomainConflictError, HTTPStatus.CONFLICT),
     (NoFreeSlotError, HTTPStatus.CONFLICT),
     (BundleError, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (ChangeRequestError, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (EpochConflictError, HTTPStatus.PRECONDITION_FAILED),
+    (IdempotencyConflictError, HTTPStatus.CONFLICT),
+    (OperationNotFoundError, HTTPStatus.NOT_FOUND),
+    (RegistryError, HTTPStatus.SERVICE_UNAVAILABLE),
     (EngineError, HTTPStatus.SERVICE_UNAVAILABLE),
 )
 _MAX_FIELD_ERRORS = 20
