@@ -185,6 +185,8 @@ def _parse(text: str) -> URL:
         raise _bad_url(url.drivername)
     if url.database in (None, "", ":memory:"):
         raise _bad_url("an in-memory database, which forgets what it acknowledged")
+    if url.query:
+        raise _bad_url("options of SQLite, which could switch off its locks")
     return url
 
 

@@ -82,6 +82,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 @pytest.fixture
+def postgresql(postgres_socket: str) -> Iterator[Place]:
+    """An empty database of PostgreSQL, for what SQLite does not have."""
+    with contextlib.ExitStack() as stack:
+        yield postgres_place(postgres_socket, stack)
+
+
+@pytest.fixture
 def registry(place: Place) -> Registry:
     """Opened on an empty database."""
     return place.open()

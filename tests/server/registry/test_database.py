@@ -59,32 +59,28 @@ def test_a_write_on_sqlite_takes_its_lock_at_once_and_a_read_none(tmp_path: Path
 
 
 def test_postgresql_waits_for_its_disk_whatever_the_database_is_set_to(
-    postgres_socket: str, place: Place
+    postgres_socket: str, postgresql: Place
 ) -> None:
-    if not place.is_postgresql:
-        pytest.skip("of PostgreSQL")
-    name = place.url.split("/")[3].split("?")[0]
+    name = postgresql.url.split("/")[3].split("?")[0]
     for given, kept in (("off", "on"), ("local", "on"), ("remote_apply", "remote_apply")):
         postgres.execute(postgres_socket, f"ALTER DATABASE {name} SET synchronous_commit = {given}")
-        with database_of(place).read() as session:
+        with database_of(postgresql).read() as session:
             assert session.scalar(text("SHOW synchronous_commit")) == kept
             assert session.scalar(text("SHOW transaction_isolation")) == "read committed"
 
 
-def test_postgresql_that_does_not_sync_is_refused(postgres_socket: str, place: Place) -> None:
-    if not place.is_postgresql:
-        pytest.skip("of PostgreSQL")
+def test_postgresql_that_does_not_sync_is_refused(postgres_socket: str, postgresql: Place) -> None:
     postgres.execute(
         postgres_socket, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf(), pg_sleep(0.5)"
     )
     try:
         with pytest.raises(ConfigError, match="fsync"):
-            place.open()
+            postgresql.open()
     finally:
         postgres.execute(
             postgres_socket, "ALTER SYSTEM RESET fsync", "SELECT pg_reload_conf(), pg_sleep(0.5)"
         )
-    place.open()
+    postgresql.open()
 
 
 @pytest.mark.parametrize(

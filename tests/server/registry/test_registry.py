@@ -343,11 +343,9 @@ def test_servers_that_are_gone_for_long_are_forgotten(place: Place, registry: Re
     assert [r.replica_id for r in registry.replicas()] == ["new"]
 
 
-def test_a_heartbeat_and_an_append_exclude_each_other(place: Place, registry: Registry) -> None:
-    if not place.is_postgresql:
-        pytest.skip("on SQLite every write excludes every other")
-    impatient = place.open(timeout_s=1.0)
-    with psycopg.connect(place.url) as other:
+def test_a_heartbeat_and_an_append_exclude_each_other(postgresql: Place) -> None:
+    impatient = postgresql.open(timeout_s=1.0)
+    with psycopg.connect(postgresql.url) as other:
         other.execute("SELECT * FROM deployment FOR SHARE")
         impatient.heartbeat(beat())
         for blocked in (lambda: impatient.append(activation()), lambda: impatient.barrier(0)):
@@ -400,10 +398,8 @@ def test_listening_yields_every_rise_of_the_head(place: Place) -> None:
     assert asyncio.run(listen()) == [1, 2, 3, 4]
 
 
-def test_listening_outlives_a_cut_connection_and_a_lost_notification(place: Place) -> None:
-    if not place.is_postgresql:
-        pytest.skip("SQLite has no connection to cut")
-    listening, acting = place.open(poll_s=0.2), place.open()
+def test_listening_outlives_a_cut_connection_and_a_lost_notification(postgresql: Place) -> None:
+    listening, acting = postgresql.open(poll_s=0.2), postgresql.open()
 
     async def listen() -> int:
         async with aclosing(listening.listen(after=0)) as changes, asyncio.timeout(30):
@@ -414,7 +410,7 @@ def test_listening_outlives_a_cut_connection_and_a_lost_notification(place: Plac
             return await waiting
 
     def cut() -> None:
-        with psycopg.connect(place.url, autocommit=True) as connection:
+        with psycopg.connect(postgresql.url, autocommit=True) as connection:
             connection.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE datname = current_database() AND pid <> pg_backend_pid()"
