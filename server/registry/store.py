@@ -36,6 +36,7 @@ from alter_core.bundle import (
 )
 from alter_core.errors import (
     AlterError,
+    BundleError,
     BundleFormatError,
     BundleNotFoundError,
     BundleSourceError,
@@ -58,8 +59,8 @@ class ImportPolicy:
     """From where bundles may be imported; by default from nowhere."""
 
     sources: tuple[str, ...] = ()
-    """URLs such as `file:///bundles` or `s3://bucket/experts`: what has the same scheme and host and lies below
-    the path is allowed."""
+    """URLs such as `file:///bundles` or `s3://bucket/experts`: what has the same scheme and host and lies
+    below the path is allowed."""
 
     def __post_init__(self) -> None:
         for source in self.sources:
@@ -160,13 +161,11 @@ class BundleStore:
         with _storage_errors():
             if _is_verified(target, digest):
                 return target
-            _remove(target)
             cache.mkdir(parents=True, exist_ok=True)
             with _private_folder(cache) as staging:
                 self._copy(self._fs, self._place(name), staging)
                 _verify(staging, digest)
-                if not _move(staging, target):
-                    _verify(target, digest)
+                _settle(staging, target, digest)
         return target
 
     def _take(self, fs: AbstractFileSystem, folder: str) -> str:
@@ -177,12 +176,21 @@ class BundleStore:
             _verify(staging, manifest.digest)
             place = self._place(_hex(manifest.digest))
             if self._is_local:
-                _publish(staging, Path(place), manifest.digest)
+                _settle(staging, Path(place), manifest.digest)
             else:
-                for name in (*manifest.files, SIGNATURE, MANIFEST):
-                    if (staging / name).exists():
-                        self._fs.put_file(str(staging / name), f"{place}/{name}")
+                self._upload(staging, place, manifest)
         return manifest.digest
+
+    def _upload(self, staging: Path, place: str, manifest: Manifest) -> None:
+        """The manifest goes last; nothing goes that is there, since not every storage replaces at once."""
+        names = (*manifest.files, SIGNATURE, MANIFEST)
+        with contextlib.suppress(BundleError), _private_folder(None) as stored:
+            self._copy(self._fs, place, stored)
+            _verify(stored, manifest.digest)
+            names = (SIGNATURE,)
+        for name in names:
+            if (staging / name).exists():
+                self._fs.put_file(str(staging / name), f"{place}/{name}")
 
     def _copy(self, fs: AbstractFileSystem, folder: str, into: Path) -> Manifest:
         """Copies what may be a bundle, within limits. Raises: BundleError."""
@@ -222,25 +230,29 @@ class BundleStore:
         return place
 
 
-def _publish(staging: Path, target: Path, digest: str) -> None:
+def _settle(staging: Path, target: Path, digest: str) -> None:
     """Moves a verified bundle to its place; of one that is there already the signature is renewed."""
+    staging.chmod(0o755)
+    if _move(staging, target):
+        return
     if _is_verified(target, digest):
         if (staging / SIGNATURE).exists():
             (staging / SIGNATURE).replace(target / SIGNATURE)
             _sync_folder(target)
         return
-    _remove(target)
-    if not _move(staging, target):
-        _verify(target, digest)
+    with _private_folder(target.parent) as trash:
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(trash / "damaged")
+        if not _move(staging, target):  # somebody else has mended it
+            _verify(target, digest)
 
 
 def _move(staging: Path, target: Path) -> bool:
-    """False if somebody else was faster."""
-    staging.chmod(0o755)
+    """False if something is there."""
     try:
         staging.rename(target)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         return False
     _sync_folder(target.parent)
@@ -359,13 +371,6 @@ def _private_folder(parent: Path | None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

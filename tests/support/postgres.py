@@ -34,16 +34,14 @@ def running() -> Iterator[str]:
         data = str(folder / "data")
         options = {"cwd": folder, "stdin": subprocess.DEVNULL, **identity}
         subprocess.run(
-            [binaries / "initdb", "-D", data, "-U", "alter", "-A", "trust", "-E", "UTF8"]
-            + ["--no-locale", "--no-sync"],
+            [binaries / "initdb", "-D", data, *"-U alter -A trust -E UTF8 --no-locale -N".split()],
             check=True,
             stdout=subprocess.DEVNULL,
             **options,
         )
         with (folder / "log").open("wb") as log:
             server = subprocess.Popen(
-                [binaries / "postgres", "-D", data, "-k", str(folder)]
-                + ["-c", "listen_addresses=", "-c", "shared_buffers=16MB"],
+                [binaries / "postgres", "-D", data, "-k", str(folder), "-c", "listen_addresses="],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 **options,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,7 @@ def test_processes_that_start_at_once_share_one_log(place: Place) -> None:
         epochs = list(
             pool.map(_start_and_append, [place.url] * num_processes, range(num_processes))
         )
-    assert sorted(sum(epochs, [])) == list(range(1, num_processes * num_appends + 1))
+    assert sorted(chain.from_iterable(epochs)) == list(range(1, num_processes * num_appends + 1))
     assert place.open().head() == num_processes * num_appends
 
 

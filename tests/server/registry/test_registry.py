@@ -9,6 +9,7 @@ import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from itertools import chain
 from typing import Any
 
 import psycopg
@@ -215,7 +216,7 @@ def test_of_racing_operators_exactly_one_wins_each_epoch(place: Place) -> None:
 
     with ThreadPoolExecutor(num_operators) as pool:
         wins = list(pool.map(operate, range(num_operators)))
-    assert sorted(sum(wins, [])) == list(range(1, rounds + 1))
+    assert sorted(chain.from_iterable(wins)) == list(range(1, rounds + 1))
     assert [c.epoch for c in registries[0].changes_since(0)] == list(range(1, rounds + 1))
 
 
@@ -349,7 +350,7 @@ def test_a_heartbeat_and_an_append_exclude_each_other(postgresql: Place) -> None
         other.execute("SELECT * FROM deployment FOR SHARE")
         impatient.heartbeat(beat())
         for blocked in (lambda: impatient.append(activation()), lambda: impatient.barrier(0)):
-            with pytest.raises(RegistryUnavailableError, match="LockNotAvailable|QueryCanceled"):
+            with pytest.raises(RegistryUnavailableError, match=r"LockNotAvailable|QueryCanceled"):
                 blocked()
         other.rollback()
         other.execute("SELECT * FROM deployment FOR NO KEY UPDATE")
