@@ -34,7 +34,10 @@ def running() -> Iterator[str]:
         data = str(folder / "data")
         options = {"cwd": folder, "stdin": subprocess.DEVNULL, **identity}
         subprocess.run(
-            [binaries / "initdb", "-D", data, *"-U alter -A trust -E UTF8 --no-locale -N".split()],
+            [
+                *(binaries / "initdb", "-D", data, "-U", "alter", "-A", "trust", "-E", "UTF8"),
+                *("--no-locale", "--no-sync"),
+            ],
             check=True,
             stdout=subprocess.DEVNULL,
             **options,

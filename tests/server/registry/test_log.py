@@ -268,7 +268,7 @@ def test_the_log_behaves_as_its_model(kind: str, request: pytest.FixtureRequest)
     run_state_machine_as_test(
         lambda: LogMachine(make_place),
         settings=settings(
-            max_examples=25,
+            max_examples=25 if kind == "sqlite" else 10,  # a database each
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),

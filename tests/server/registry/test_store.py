@@ -276,21 +276,22 @@ def test_where_a_folder_cannot_be_moved_the_manifest_comes_last(
 ) -> None:
     store = BundleStore(f"memory:/{tmp_path}/store")
     put_file, names = store._fs.put_file, []
+    failing = 0
 
     def fail_late(source: str, target: str) -> None:
         names.append(Path(target).name)
-        if len(names) == num_before:
+        if len(names) == failing:
             raise TimeoutError
         put_file(source, target)
 
     monkeypatch.setattr(store._fs, "put_file", fail_late)
-    for num_before in (1, 2, 3):
+    for failing in (1, 2, 3):  # noqa: B007 (read by fail_late)
         names.clear()
         with pytest.raises(RegistryUnavailableError, match="TimeoutError"):
             store.put(folder)
         with pytest.raises(BundleNotFoundError):
             store.fetch(wanted, tmp_path / "cache")
-    num_before = 0
+    failing = 0
     names.clear()
     assert store.put(folder) == wanted
     assert names[-1] == MANIFEST
