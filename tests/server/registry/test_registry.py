@@ -296,6 +296,22 @@ def test_the_barrier_waits_for_a_silent_server_until_its_lease_is_over(
     assert registry.barrier(1).is_passed
 
 
+def test_a_lease_that_has_run_out_comes_back_only_at_the_head(
+    place: Place, registry: Registry
+) -> None:
+    registry.heartbeat(beat())
+    # Over for its holder, though not yet for those who wait for it.
+    place.advance(LEASE_S + MARGIN_S / 2)
+    registry.append(activation())
+    assert not registry.barrier(1).is_passed
+    assert registry.heartbeat(beat()).duration_s == 0
+    place.advance(MARGIN_S)
+    assert registry.barrier(1).is_passed
+    assert registry.heartbeat(beat()).duration_s == 0
+    assert registry.barrier(1).is_passed
+    assert registry.heartbeat(beat(applied_epoch=1)).duration_s == LEASE_S
+
+
 def test_a_server_that_hangs_but_reports_cannot_hold_up_a_change(
     place: Place, registry: Registry
 ) -> None:
