@@ -1,13 +1,14 @@
 """What a fleet of servers is to apply, kept so that nothing acknowledged is lost.
 
 registry    the log of changes, leases and the barrier
+records     what goes into it and comes out
 database    connections to SQLite or PostgreSQL
 schema      their tables
 migrations  how a database gets them
 store       the bundles, by digest
 """
 
-from .registry import (
+from .records import (
     Appended,
     Barrier,
     Change,
@@ -17,9 +18,9 @@ from .registry import (
     Heartbeat,
     IdempotencyKey,
     Lease,
-    Registry,
     Replica,
 )
+from .registry import Registry
 from .store import BundleStore, ImportPolicy
 
 __all__ = [

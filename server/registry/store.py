@@ -45,7 +45,7 @@ from alter_core.errors import (
     RegistryUnavailableError,
 )
 
-from .registry import DIGEST_PATTERN
+from .records import DIGEST_PATTERN
 
 DEFAULT_MAX_BUNDLE_BYTES = 16 * 2**30
 MAX_SIGNATURE_BYTES = 2**20

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from itertools import chain
@@ -14,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import uvloop
 
 from alter_core.errors import (
     AlterError,
@@ -29,6 +31,7 @@ from alter_core.errors import (
     RegistryMismatchError,
     RegistryUnavailableError,
 )
+from server.api.problems import status_of
 from server.registry import ChangeRequest, Deployment, Heartbeat, IdempotencyKey, Registry
 from server.registry.registry import IDEMPOTENCY_KEY_LIFE, REPLICA_MEMORY
 
@@ -193,6 +196,18 @@ def test_an_error_in_a_heartbeat_is_a_kind_and_never_text() -> None:
     for fields in ({"applied_epoch": -1}, {"state": "well"}, {"replica_id": ""}):
         with pytest.raises(ChangeRequestError):
             Heartbeat(**({"replica_id": "r", "applied_epoch": 0, "state": "failed"} | fields))
+
+
+def test_http_tells_refusals_apart() -> None:
+    statuses = {
+        ChangeRequestError: 422,
+        EpochConflictError: 412,
+        IdempotencyConflictError: 409,
+        OperationNotFoundError: 404,
+        RegistryUnavailableError: 503,
+        RegistryMismatchError: 503,
+    }
+    assert {error: status_of(error("x")) for error in statuses} == statuses
 
 
 def test_of_racing_operators_exactly_one_wins_each_epoch(place: Place) -> None:
@@ -392,7 +407,8 @@ def test_times_that_make_no_sense_are_refused(place: Place) -> None:
             place.open(**{option: 0.0})
 
 
-def test_listening_yields_every_rise_of_the_head(place: Place) -> None:
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_listening_yields_every_rise_of_the_head(place: Place, run: Callable[..., Any]) -> None:
     # PostgreSQL notifies, so that it needs no look in between; SQLite is looked at.
     poll_s = 30.0 if place.is_postgresql else 0.02
     listening, acting = place.open(poll_s=poll_s), place.open()
@@ -412,7 +428,7 @@ def test_listening_yields_every_rise_of_the_head(place: Place) -> None:
                 )
         return heads
 
-    assert asyncio.run(listen()) == [1, 2, 3, 4]
+    assert run(listen()) == [1, 2, 3, 4]
 
 
 def test_listening_outlives_a_cut_connection_and_a_lost_notification(postgresql: Place) -> None:
