@@ -14,7 +14,8 @@ AlterError
 │   ├── BundleTamperedError      a file is missing, torn, changed or unlisted
 │   ├── BundleTensorError        a tensor is missing, misshapen or not finite
 │   ├── BaseModelMismatchError   made for another base model
-│   └── SubstrateMismatchError   made for another substrate
+│   ├── SubstrateMismatchError   made for another substrate
+│   └── BundleSourceError        at a place that bundles may not come from
 ├── DomainError
 │   ├── DomainNameError          not `[a-z0-9-]{1,63}`
 │   ├── DomainNotFoundError      no such active domain
@@ -22,6 +23,14 @@ AlterError
 │   └── NoFreeSlotError          every slot holds an expert
 ├── AuditError                   the audit log cannot be written or read
 │   └── AuditTamperedError       its chain is broken, or ends too early
+├── RegistryError
+│   ├── RegistryUnavailableError the registry or its store does not answer
+│   ├── RegistrySchemaError      the database is of a newer version, or of something else
+│   ├── RegistryMismatchError    it belongs to another base model, or has lost changes
+│   ├── ChangeRequestError       a change that cannot be recorded as it was asked for
+│   ├── EpochConflictError       the registry has moved on from the expected epoch
+│   ├── IdempotencyConflictError the key came with another request before
+│   └── OperationNotFoundError   no such operation
 └── EngineError
     ├── CanaryError              a planted expert did not change the logits, or stayed
     └── SwitchError              a switch failed; the message says what is active now
@@ -115,6 +124,10 @@ class SubstrateMismatchError(BundleError):
     """The expert was trained on another substrate."""
 
 
+class BundleSourceError(BundleError):
+    """Bundles may not come from that place."""
+
+
 class DomainError(AlterError):
     """A forget domain cannot be changed as asked."""
 
@@ -141,6 +154,38 @@ class AuditError(AlterError):
 
 class AuditTamperedError(AuditError):
     """The audit log is not what was written: its chain is broken, or ends too early."""
+
+
+class RegistryError(AlterError):
+    """The registry cannot do what was asked of it."""
+
+
+class RegistryUnavailableError(RegistryError):
+    """The registry, or its bundle store, does not answer."""
+
+
+class RegistrySchemaError(RegistryError):
+    """The database is of a newer version of ALTER, or of something else."""
+
+
+class RegistryMismatchError(RegistryError):
+    """The registry belongs to another base model or substrate, or has lost changes."""
+
+
+class ChangeRequestError(RegistryError):
+    """A change cannot be recorded as it was asked for."""
+
+
+class EpochConflictError(RegistryError):
+    """The registry has moved on from the epoch that was expected."""
+
+
+class IdempotencyConflictError(RegistryError):
+    """The idempotency key came with another request before."""
+
+
+class OperationNotFoundError(RegistryError):
+    """No change has that operation id."""
 
 
 class EngineError(AlterError):

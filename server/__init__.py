@@ -8,5 +8,6 @@ plugin      how all of it enters vLLM's server
 launch      starting vLLM's server around it
 memory      what slots cost, and whether they fit
 client, cli the admin side from outside
+registry    the domains of a fleet, durable; not wired in yet
 engine      vLLM internals, behind the `ForgetEngine` protocol
 """

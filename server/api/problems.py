@@ -20,11 +20,16 @@ from alter_core.errors import (
     AlterError,
     AuditError,
     BundleError,
+    ChangeRequestError,
     DomainConflictError,
     DomainNameError,
     DomainNotFoundError,
     EngineError,
+    EpochConflictError,
+    IdempotencyConflictError,
     NoFreeSlotError,
+    OperationNotFoundError,
+    RegistryError,
     problem_kind,
 )
 
@@ -42,6 +47,11 @@ _STATUS: tuple[tuple[type[AlterError], HTTPStatus], ...] = (
     (NoFreeSlotError, HTTPStatus.CONFLICT),
     (BundleError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (AuditError, HTTPStatus.SERVICE_UNAVAILABLE),
+    (ChangeRequestError, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (EpochConflictError, HTTPStatus.PRECONDITION_FAILED),
+    (IdempotencyConflictError, HTTPStatus.CONFLICT),
+    (OperationNotFoundError, HTTPStatus.NOT_FOUND),
+    (RegistryError, HTTPStatus.SERVICE_UNAVAILABLE),
     (EngineError, HTTPStatus.SERVICE_UNAVAILABLE),
 )
 _MAX_FIELD_ERRORS = 20

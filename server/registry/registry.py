@@ -1,0 +1,487 @@
+"""The desired state of a fleet: an ordered log of changes, and who has applied how much of it.
+
+Every write holds the row of `deployment`: appends exclusively, heartbeats shared (on SQLite all writes
+are exclusive). Therefore epochs have no gaps, and a heartbeat is either seen by whoever looks at the
+replicas after an append, or has itself seen that append. Times are the database's; the methods block, so
+a coroutine calls them through `asyncio.to_thread`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
+from typing import Self, cast
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from alter_core.errors import (
+    ConfigError,
+    DomainConflictError,
+    DomainNotFoundError,
+    EpochConflictError,
+    IdempotencyConflictError,
+    NoFreeSlotError,
+    OperationNotFoundError,
+    RegistryMismatchError,
+    RegistryUnavailableError,
+)
+from server.engine.base import InFlight
+
+from .database import DEFAULT_TIMEOUT_S, Database
+from .records import (
+    Action,
+    Appended,
+    AppendOutcome,
+    Barrier,
+    Change,
+    ChangeRequest,
+    Deployment,
+    DesiredState,
+    Heartbeat,
+    IdempotencyKey,
+    Lease,
+    Replica,
+    ReplicaState,
+)
+from .schema import (
+    DEPLOYMENT_ID,
+    ID_LENGTH,
+    ChangeRow,
+    DeploymentRow,
+    IdempotencyRow,
+    ReplicaRow,
+    database_now,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LEASE_S = 10.0
+DEFAULT_CLOCK_MARGIN_S = 2.0
+DEFAULT_POLL_S = 1.0
+IDEMPOTENCY_KEY_LIFE = timedelta(days=1)
+REPLICA_MEMORY = timedelta(days=1)
+"""For how long a replica that reports no more is listed."""
+
+
+class Registry:
+    """See the module. Methods raise RegistryUnavailableError if the database does not answer, and
+    RegistryMismatchError if it has become that of another deployment."""
+
+    def __init__(
+        self,
+        database: Database,
+        deployment: Deployment,
+        *,
+        max_domains: int,
+        lease_s: float = DEFAULT_LEASE_S,
+        clock_margin_s: float = DEFAULT_CLOCK_MARGIN_S,
+        poll_s: float = DEFAULT_POLL_S,
+    ) -> None:
+        """Use `open`. `clock_margin_s`: by how much longer a lease lasts for those who wait for its end than
+        for its holder. `poll_s`: longest wait of `listen` between two looks.
+        """
+        self._database = database
+        self._deployment = deployment
+        self._max_domains = max_domains
+        self._lease = timedelta(seconds=lease_s)
+        self._margin = timedelta(seconds=clock_margin_s)
+        self._poll_s = poll_s
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        deployment: Deployment,
+        *,
+        max_domains: int,
+        lease_s: float = DEFAULT_LEASE_S,
+        clock_margin_s: float = DEFAULT_CLOCK_MARGIN_S,
+        poll_s: float = DEFAULT_POLL_S,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> Self:
+        """Connects, brings the schema up to date and joins the deployment, or founds it.
+
+        Raises: ConfigError, RegistrySchemaError, RegistryMismatchError, RegistryUnavailableError.
+        """
+        if min(lease_s, clock_margin_s, poll_s, timeout_s) <= 0:
+            raise ConfigError(
+                "A time of the registry is out of range", expected="> 0", got="0 or less"
+            )
+        database = Database(url, timeout_s=timeout_s)
+        try:
+            database.upgrade()
+            registry = cls(
+                database,
+                deployment,
+                max_domains=max_domains,
+                lease_s=lease_s,
+                clock_margin_s=clock_margin_s,
+                poll_s=poll_s,
+            )
+            registry._join()
+        except BaseException:
+            database.close()
+            raise
+        return registry
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._database.close()
+
+    def head(self) -> int:
+        """The epoch of the latest change, 0 before the first."""
+        with self._database.read() as session:
+            return _head(session)
+
+    def append(
+        self,
+        request: ChangeRequest,
+        *,
+        expected_epoch: int | None = None,
+        idempotency: IdempotencyKey | None = None,
+    ) -> Appended:
+        """Records a change, which is durable on return. What is so already is not recorded again.
+
+        With `expected_epoch` only if that is the head. A key that came with the same request before gets
+        that request's entry, whatever has happened since; a request that was refused leaves no key.
+
+        Raises: EpochConflictError, IdempotencyConflictError, DomainNotFoundError (revoking what is not
+        active), DomainConflictError (the bundle is active under another name), NoFreeSlotError, and
+        nothing is recorded; RegistryUnavailableError, and it may have been: repeat it with its key.
+        """
+        with self._database.write() as session:
+            now = self._lock(session, is_exclusive=True)
+            head = _head(session)
+            if idempotency is not None:
+                earlier = _replay(session, idempotency, now)
+                if earlier is not None:
+                    return Appended(change=earlier, outcome="replayed", head=head)
+            if expected_epoch is not None and expected_epoch != head:
+                raise EpochConflictError(
+                    "The domains have changed since; nothing was recorded",
+                    expected=f"epoch {expected_epoch}",
+                    got=f"epoch {head}",
+                    fix="Read the current state and decide again.",
+                )
+            active = {change.domain: change for change in _desired(session, head)}
+            current = active.get(request.domain)
+            outcome: AppendOutcome = "unchanged"
+            if current is None or current.bundle_digest != request.bundle_digest:
+                slot = self._slot(request, active)
+                current = _record(session, request, epoch=head + 1, slot=slot, now=now)
+                self._database.notify(session)
+                outcome, head = "recorded", head + 1
+            if idempotency is not None:
+                session.add(
+                    IdempotencyRow(
+                        key=idempotency.key,
+                        request_digest=idempotency.request_digest,
+                        operation_id=current.operation_id,
+                        expires_at=now + IDEMPOTENCY_KEY_LIFE,
+                    )
+                )
+        return Appended(change=current, outcome=outcome, head=head)
+
+    def operation(self, operation_id: str) -> Change:
+        """Raises: OperationNotFoundError."""
+        with self._database.read() as session:
+            row = session.scalar(select(ChangeRow).where(ChangeRow.operation_id == operation_id))
+            if row is None:
+                raise OperationNotFoundError(
+                    "The log holds no such operation",
+                    expected="an operation_id that an append has returned",
+                    got=repr(operation_id[:ID_LENGTH]),
+                )
+            return _change(row)
+
+    def changes_since(self, epoch: int, *, limit: int | None = None) -> tuple[Change, ...]:
+        """The changes after `epoch` in their order, at most `limit`."""
+        query = select(ChangeRow).where(ChangeRow.epoch > epoch).order_by(ChangeRow.epoch)
+        with self._database.read() as session:
+            return tuple(map(_change, session.scalars(query.limit(limit))))
+
+    def desired_state(self, epoch: int | None = None) -> DesiredState:
+        """What is to be applied at an epoch, by default the latest. Raises: EpochConflictError."""
+        with self._database.read() as session:
+            head = _head(session)
+            _check_epoch(epoch, head)
+            epoch = head if epoch is None else epoch
+            return DesiredState(epoch=epoch, domains=_desired(session, epoch))
+
+    def heartbeat(self, heartbeat: Heartbeat) -> Lease:
+        """Reports a server, and asks for leave to generate.
+
+        A server at the head gets a lease. One that is behind keeps its lease, or has it prolonged, until
+        `lease_s` after the first change that it lacks was recorded, and gets no new one: so every change
+        holds everywhere after that time, even if a server hangs.
+
+        Raises: RegistryMismatchError also if the server has applied more than the log holds.
+        """
+        with self._database.write() as session:
+            now = self._lock(session, is_exclusive=False)
+            head = _head(session)
+            if heartbeat.applied_epoch > head:
+                raise RegistryMismatchError(
+                    "The registry has lost changes that this server has applied",
+                    expected=f"epoch {heartbeat.applied_epoch} or later",
+                    got=f"epoch {head}",
+                    fix="Restore the registry's database, then restart the server.",
+                )
+            row = session.get(ReplicaRow, heartbeat.replica_id)
+            ends = self._lease_end(session, heartbeat, row, head, now)
+            if row is None:
+                row = ReplicaRow(replica_id=heartbeat.replica_id)
+                session.add(row)
+            row.base_model_fingerprint = self._deployment.base_model_fingerprint
+            row.substrate_digest = self._deployment.substrate_digest
+            row.applied_epoch = heartbeat.applied_epoch
+            row.state = heartbeat.state
+            row.last_error = heartbeat.last_error
+            row.seen_at = now
+            if heartbeat.state != "serving":
+                row.lease_expires_at = None
+            elif ends is not None:
+                row.lease_expires_at = max(ends + self._margin, row.lease_expires_at or now)
+            session.execute(delete(ReplicaRow).where(ReplicaRow.seen_at < now - REPLICA_MEMORY))
+        duration_s = 0.0 if ends is None else (ends - now).total_seconds()
+        return Lease(head=head, duration_s=max(0.0, duration_s))
+
+    def release(self, replica_id: str) -> None:
+        """Takes a server off the list. It must have stopped generating, for good."""
+        with self._database.write() as session:
+            self._lock(session, is_exclusive=False)
+            session.execute(delete(ReplicaRow).where(ReplicaRow.replica_id == replica_id))
+
+    def replicas(self) -> tuple[Replica, ...]:
+        """All servers that have reported within a day, by id."""
+        with self._database.read() as session:
+            return _replicas(session)
+
+    def barrier(self, epoch: int) -> Barrier:
+        """Whether an epoch holds wherever tokens may be generated. Raises: EpochConflictError."""
+        # Exclusive: no heartbeat may be about to prolong a lease that is found to have run out.
+        with self._database.write() as session:
+            self._lock(session, is_exclusive=True)
+            head = _head(session)
+            _check_epoch(epoch, head)
+            replicas = _replicas(session)
+        lagging = tuple(r for r in replicas if r.holds_lease and r.applied_epoch < epoch)
+        return Barrier(epoch=epoch, head=head, lagging=lagging)
+
+    async def listen(self, after: int) -> AsyncIterator[int]:
+        """Yields the head whenever it has risen above `after` and what was yielded before.
+
+        A notification makes it look at once; without one it looks every `poll_s`. While the database does
+        not answer it goes on trying: that the lease runs out is for the heartbeat to notice.
+        """
+        is_down = False
+        async with self._database.listener() as listener:
+            while True:
+                await listener.connect()
+                try:
+                    head = await asyncio.to_thread(self.head)
+                except RegistryUnavailableError as error:
+                    if not is_down:
+                        logger.warning("%s", error)
+                    is_down = True
+                else:
+                    is_down = False
+                    if head > after:
+                        after = head
+                        yield head
+                await listener.wait(self._poll_s)
+
+    def _join(self) -> None:
+        with self._database.write() as session:
+            if session.scalar(select(DeploymentRow.id)) is None:
+                founded = DeploymentRow(
+                    id=DEPLOYMENT_ID,
+                    base_model_fingerprint=self._deployment.base_model_fingerprint,
+                    substrate_digest=self._deployment.substrate_digest,
+                    created_at=_now(session),
+                )
+                # Another server may have been faster.
+                with contextlib.suppress(IntegrityError), session.begin_nested():
+                    session.add(founded)
+            self._lock(session, is_exclusive=False)
+
+    def _lock(self, session: Session, *, is_exclusive: bool) -> datetime:
+        """Waits for the log; the time after that. Raises: RegistryMismatchError."""
+        row = session.scalar(
+            select(DeploymentRow)
+            .with_for_update(read=not is_exclusive)
+            .execution_options(populate_existing=True)
+        )
+        found = None
+        if row is not None:
+            found = Deployment(
+                base_model_fingerprint=row.base_model_fingerprint,
+                substrate_digest=row.substrate_digest,
+            )
+        if found != self._deployment:
+            raise RegistryMismatchError(
+                "The registry belongs to another base model or substrate",
+                expected=_describe(self._deployment),
+                got="no deployment" if found is None else _describe(found),
+                fix="Give each base model and substrate a registry of its own.",
+            )
+        return _now(session)
+
+    def _slot(self, request: ChangeRequest, active: dict[str, Change]) -> int:
+        current = active.get(request.domain)
+        if request.action == "revoke":
+            if current is None:
+                raise DomainNotFoundError(
+                    f"No active domain is named {request.domain!r}",
+                    expected=f"one of: {', '.join(sorted(active)) or '(none is active)'}",
+                    got=repr(request.domain),
+                    fix="List the active ones with `alter domains list`.",
+                )
+            return current.slot
+        for other in active.values():
+            if other.bundle_digest == request.bundle_digest:
+                raise DomainConflictError(
+                    f"This bundle is already active under the name {other.domain!r}",
+                    expected="a bundle that is not active under another name",
+                    got=str(request.bundle_digest),
+                    fix=f"Revoke {other.domain!r} first, or keep using that name.",
+                )
+        if current is not None:
+            return current.slot
+        taken = {change.slot for change in active.values()}
+        for slot in range(self._max_domains):
+            if slot not in taken:
+                return slot
+        raise NoFreeSlotError(
+            "Every slot holds an expert",
+            expected=f"fewer than {self._max_domains} active domains",
+            got=str(len(taken)),
+            fix="Revoke a domain, or restart with a larger --alter-max-domains.",
+        )
+
+    def _lease_end(
+        self,
+        session: Session,
+        heartbeat: Heartbeat,
+        row: ReplicaRow | None,
+        head: int,
+        now: datetime,
+    ) -> datetime | None:
+        if heartbeat.state != "serving":
+            return None
+        if heartbeat.applied_epoch == head:
+            return now + self._lease
+        if (
+            row is None
+            or row.lease_expires_at is None
+            or row.lease_expires_at - self._margin <= now
+            or row.applied_epoch > heartbeat.applied_epoch
+        ):
+            return None
+        missing = session.get_one(ChangeRow, heartbeat.applied_epoch + 1)
+        return min(now, missing.requested_at) + self._lease
+
+
+def _now(session: Session) -> datetime:
+    return session.execute(select(database_now())).scalar_one()
+
+
+def _head(session: Session) -> int:
+    return session.scalar(select(func.max(ChangeRow.epoch))) or 0
+
+
+def _desired(session: Session, epoch: int) -> tuple[Change, ...]:
+    latest = (
+        select(func.max(ChangeRow.epoch)).where(ChangeRow.epoch <= epoch).group_by(ChangeRow.domain)
+    )
+    rows = session.scalars(
+        select(ChangeRow)
+        .where(ChangeRow.epoch.in_(latest), ChangeRow.action == "activate")
+        .order_by(ChangeRow.domain)
+    )
+    # Ordered here: the database's collation may sort '-' elsewhere.
+    return tuple(sorted(map(_change, rows), key=lambda change: change.domain))
+
+
+def _record(
+    session: Session, request: ChangeRequest, *, epoch: int, slot: int, now: datetime
+) -> Change:
+    row = ChangeRow(
+        **dataclasses.asdict(request),
+        epoch=epoch,
+        slot=slot,
+        operation_id=str(uuid.uuid4()),
+        requested_at=now,
+    )
+    session.add(row)
+    session.flush()
+    return _change(row)
+
+
+def _replay(session: Session, idempotency: IdempotencyKey, now: datetime) -> Change | None:
+    session.execute(delete(IdempotencyRow).where(IdempotencyRow.expires_at <= now))
+    row = session.get(IdempotencyRow, idempotency.key)
+    if row is None:
+        return None
+    if row.request_digest != idempotency.request_digest:
+        raise IdempotencyConflictError(
+            "This idempotency key came before with another request",
+            expected="the same request again, or a new key",
+            got="another request",
+            fix="Use a new key, e.g. a random UUID, for each new request.",
+        )
+    operation = select(ChangeRow).where(ChangeRow.operation_id == row.operation_id)
+    return _change(session.scalars(operation).one())
+
+
+def _replicas(session: Session) -> tuple[Replica, ...]:
+    now = _now(session)
+    return tuple(
+        Replica(
+            replica_id=row.replica_id,
+            applied_epoch=row.applied_epoch,
+            state=cast(ReplicaState, row.state),
+            last_error=row.last_error,
+            lease_expires_at=row.lease_expires_at,
+            holds_lease=row.lease_expires_at is not None and row.lease_expires_at > now,
+            seen_at=row.seen_at,
+        )
+        for row in session.scalars(select(ReplicaRow).order_by(ReplicaRow.replica_id))
+    )
+
+
+def _change(row: ChangeRow) -> Change:
+    return Change(
+        epoch=row.epoch,
+        operation_id=row.operation_id,
+        action=cast(Action, row.action),
+        domain=row.domain,
+        bundle_digest=row.bundle_digest,
+        slot=row.slot,
+        in_flight=cast(InFlight, row.in_flight),
+        actor=row.actor,
+        request_id=row.request_id,
+        reason=row.reason,
+        requested_at=row.requested_at,
+    )
+
+
+def _describe(deployment: Deployment) -> str:
+    return (
+        f"base model {deployment.base_model_fingerprint[:16]}, "
+        f"substrate {deployment.substrate_digest}"
+    )
+
+
+def _check_epoch(epoch: int | None, head: int) -> None:
+    if epoch is not None and not 0 <= epoch <= head:
+        raise EpochConflictError(
+            "The log does not reach that epoch", expected=f"0 to {head}", got=str(epoch)
+        )

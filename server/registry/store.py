@@ -1,0 +1,396 @@
+"""Bundles by their digest, on a local disk or behind any fsspec URL.
+
+    ROOT/sha256/<64 hexadecimal digits>/    one bundle, as `alter_core.bundle` describes it
+
+A bundle is copied to a private folder, verified there, and only then moved to where it is looked for; the
+manifest goes last where a folder cannot be moved. What is fetched is verified at every fetch. Names are
+digests and the plain names of the manifest: nothing that a request says becomes part of a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+from urllib.parse import SplitResult, urlsplit
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from alter_core.bundle import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    SIGNATURE,
+    Manifest,
+    read_bundle,
+    read_manifest,
+)
+from alter_core.errors import (
+    AlterError,
+    BundleError,
+    BundleFormatError,
+    BundleNotFoundError,
+    BundleSourceError,
+    BundleTamperedError,
+    ConfigError,
+    RegistryUnavailableError,
+)
+
+from .records import DIGEST_PATTERN
+
+DEFAULT_MAX_BUNDLE_BYTES = 16 * 2**30
+MAX_SIGNATURE_BYTES = 2**20
+MAX_FILES = 16
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+_CHUNK_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportPolicy:
+    """From where bundles may be imported; by default from nowhere."""
+
+    sources: tuple[str, ...] = ()
+    """URLs such as `file:///bundles` or `s3://bucket/experts`: what has the same scheme and host and lies
+    below the path is allowed."""
+
+    def __post_init__(self) -> None:
+        for source in self.sources:
+            if _split(source) is None:
+                raise ConfigError(
+                    "A source of imports cannot be used",
+                    expected="a URL such as s3://bucket/folder or file:///folder",
+                    got="one without a scheme, or with a query, credentials, '..' or an escape",
+                    fix="Correct it.",
+                )
+
+    def check(self, url: str) -> None:
+        """Raises: BundleSourceError."""
+        wanted = _split(url)
+        if wanted is None or not any(_is_below(wanted, source) for source in self._split()):
+            raise self._refusal()
+
+    def resolve(self, folder: str) -> str:
+        """A local folder without links, if it lies below an allowed one. Raises: BundleSourceError."""
+        resolved = os.path.realpath(folder)
+        for source in self._split():
+            allowed = os.path.realpath(source.path)
+            if source.scheme == "file" and Path(resolved).is_relative_to(allowed):
+                return resolved
+        raise self._refusal()
+
+    def _split(self) -> list[SplitResult]:
+        return [parts for parts in map(_split, self.sources) if parts is not None]
+
+    def _refusal(self) -> BundleSourceError:
+        return BundleSourceError(
+            "Bundles may not be imported from there",
+            expected=f"a URL below one of: {', '.join(self.sources) or '(none is allowed)'}",
+            got="another place, or a URL that leaves open where it leads",
+            fix="Copy the bundle to an allowed place, or start the server with that source.",
+        )
+
+
+class BundleStore:
+    """See the module. Methods raise RegistryUnavailableError if the storage fails."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        imports: ImportPolicy | None = None,
+        max_bundle_bytes: int = DEFAULT_MAX_BUNDLE_BYTES,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`url`: a local folder or an fsspec URL; `storage_options` go to its file system.
+
+        Raises: ConfigError.
+        """
+        try:
+            self._fs, root = url_to_fs(url, **(storage_options or {}))
+        except (ValueError, ImportError) as error:
+            raise ConfigError(
+                "The bundle store's URL cannot be used",
+                expected="a folder, or a URL of a file system that is installed",
+                got=type(error).__name__,
+                fix="Correct the URL, or install fsspec's package for its scheme (S3: s3fs).",
+            ) from error
+        self._is_local = isinstance(self._fs, LocalFileSystem)
+        self._root = os.path.realpath(root) if self._is_local else root.rstrip("/")
+        self._imports = imports or ImportPolicy()
+        self._max_bundle_bytes = max_bundle_bytes
+
+    def put(self, folder: Path) -> str:
+        """Stores the bundle at `folder`; returns its digest. On a local disk it is durable on return.
+
+        Raises: BundleError of the fitting kind.
+        """
+        with _storage_errors():
+            return self._take(LocalFileSystem(), str(folder.absolute()))
+
+    def import_from(self, url: str, *, storage_options: Mapping[str, Any] | None = None) -> str:
+        """Stores the bundle at a URL that the import policy allows; returns its digest.
+
+        Raises: BundleSourceError, or another BundleError.
+        """
+        self._imports.check(url)
+        options = dict(storage_options or {})
+        if url.startswith(("http:", "https:")):
+            options["allow_redirects"] = False  # it could lead past the policy
+        with _storage_errors():
+            fs, folder = url_to_fs(url, **options)
+            if isinstance(fs, LocalFileSystem):
+                folder = self._imports.resolve(folder)
+            return self._take(fs, folder.rstrip("/"))
+
+    def fetch(self, digest: str, cache: Path) -> Path:
+        """A verified local copy of a bundle, in a folder below `cache` that is kept for the next time.
+
+        Raises: BundleNotFoundError, or another BundleError if the store's copy is not what it should be.
+        """
+        name = _hex(digest)
+        target = cache / name
+        with _storage_errors():
+            if _is_verified(target, digest):
+                return target
+            cache.mkdir(parents=True, exist_ok=True)
+            with _private_folder(cache) as staging:
+                self._copy(self._fs, self._place(name), staging)
+                _verify(staging, digest)
+                _settle(staging, target, digest)
+        return target
+
+    def _take(self, fs: AbstractFileSystem, folder: str) -> str:
+        if self._is_local:
+            Path(self._root, "sha256").mkdir(parents=True, exist_ok=True)
+        with _private_folder(Path(self._root) if self._is_local else None) as staging:
+            manifest = self._copy(fs, folder, staging)
+            _verify(staging, manifest.digest)
+            place = self._place(_hex(manifest.digest))
+            if self._is_local:
+                _settle(staging, Path(place), manifest.digest)
+            else:
+                self._upload(staging, place, manifest)
+        return manifest.digest
+
+    def _upload(self, staging: Path, place: str, manifest: Manifest) -> None:
+        """The manifest goes last; nothing goes that is there, since not every storage replaces at once."""
+        names = (*manifest.files, SIGNATURE, MANIFEST)
+        with contextlib.suppress(BundleError), _private_folder(None) as stored:
+            self._copy(self._fs, place, stored)
+            _verify(stored, manifest.digest)
+            names = (SIGNATURE,)
+        for name in names:
+            if (staging / name).exists():
+                self._fs.put_file(str(staging / name), f"{place}/{name}")
+
+    def _copy(self, fs: AbstractFileSystem, folder: str, into: Path) -> Manifest:
+        """Copies what may be a bundle, within limits. Raises: BundleError."""
+        _copy_file(fs, f"{folder}/{MANIFEST}", into / MANIFEST, MAX_MANIFEST_BYTES)
+        manifest = read_manifest(into)
+        if len(manifest.files) > MAX_FILES:
+            raise BundleFormatError(
+                "The manifest lists too many files",
+                expected=f"at most {MAX_FILES}",
+                got=str(len(manifest.files)),
+            )
+        if isinstance(fs, LocalFileSystem):
+            _refuse_strays(folder, manifest)
+        left = self._max_bundle_bytes
+        for name in manifest.files:
+            if _FILE_NAME.fullmatch(name) is None or name in (MANIFEST, SIGNATURE):
+                raise BundleTamperedError(
+                    "The manifest lists something else than a plain file of the bundle",
+                    expected="a plain file name",
+                    got=repr(name[:80]),
+                )
+            left -= _copy_file(fs, f"{folder}/{name}", into / name, left)
+        with contextlib.suppress(BundleNotFoundError):
+            _copy_file(fs, f"{folder}/{SIGNATURE}", into / SIGNATURE, MAX_SIGNATURE_BYTES)
+        _sync_folder(into)
+        return manifest
+
+    def _place(self, name: str) -> str:
+        place = f"{self._root}/sha256/{name}"
+        if self._is_local and os.path.realpath(place) != place:
+            raise BundleTamperedError(
+                "A folder of the bundle store is a symbolic link",
+                expected="plain folders below the store's root",
+                got="a link",
+                fix="Find out who put it there, and remove it.",
+            )
+        return place
+
+
+def _settle(staging: Path, target: Path, digest: str) -> None:
+    """Moves a verified bundle to its place; of one that is there already the signature is renewed."""
+    staging.chmod(0o755)
+    if _move(staging, target):
+        return
+    if _is_verified(target, digest):
+        if (staging / SIGNATURE).exists():
+            (staging / SIGNATURE).replace(target / SIGNATURE)
+            _sync_folder(target)
+        return
+    with _private_folder(target.parent) as trash:
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(trash / "damaged")
+        if not _move(staging, target):  # somebody else has mended it
+            _verify(target, digest)
+
+
+def _move(staging: Path, target: Path) -> bool:
+    """False if something is there."""
+    try:
+        staging.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        return False
+    _sync_folder(target.parent)
+    _sync_folder(target.parent.parent)
+    return True
+
+
+def _is_verified(folder: Path, digest: str) -> bool:
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        _verify(folder, digest)
+    except (AlterError, OSError):
+        return False
+    return True
+
+
+def _verify(folder: Path, digest: str) -> None:
+    manifest = read_bundle(folder, read_manifest(folder).kind).manifest
+    if manifest.digest != digest:
+        raise BundleTamperedError(
+            "Another bundle lies where this one should", expected=digest, got=manifest.digest
+        )
+
+
+def _copy_file(fs: AbstractFileSystem, source: str, target: Path, max_bytes: int) -> int:
+    """The number of bytes. Raises: BundleNotFoundError, BundleTamperedError, BundleFormatError."""
+    size = 0
+    with _open(fs, source) as reader, target.open("xb") as writer:
+        while chunk := reader.read(_CHUNK_BYTES):
+            size += len(chunk)
+            if size > max_bytes:
+                raise BundleFormatError(
+                    f"{target.name} is too large", expected=f"at most {max_bytes} bytes"
+                )
+            writer.write(chunk)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return size
+
+
+def _open(fs: AbstractFileSystem, path: str) -> BinaryIO:
+    """Opens a plain file for reading. Raises: BundleNotFoundError, BundleTamperedError."""
+    try:
+        if not isinstance(fs, LocalFileSystem):
+            return cast(BinaryIO, fs.open(path, "rb"))
+        # Neither through a link, nor waiting for the writer of a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _not_plain(path) from error
+        if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+            raise BundleNotFoundError(
+                f"{PurePosixPath(path).name} of the bundle cannot be read",
+                expected="a folder that holds a whole bundle",
+                got=type(error).__name__,
+                fix="Check the place, and that it may be read.",
+            ) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_plain(path)
+    return open(descriptor, "rb")
+
+
+def _not_plain(path: str) -> BundleTamperedError:
+    name = PurePosixPath(path).name
+    return BundleTamperedError(f"{name!r} is not a plain file of the bundle", expected="a file")
+
+
+def _refuse_strays(folder: str, manifest: Manifest) -> None:
+    if stray := set(os.listdir(folder)) - {*manifest.files, MANIFEST, SIGNATURE}:
+        raise BundleTamperedError(
+            "The bundle's folder holds files that its manifest does not list",
+            expected=", ".join(sorted(manifest.files)),
+            got=f"{len(stray)} more",
+        )
+
+
+def _hex(digest: str) -> str:
+    if re.fullmatch(DIGEST_PATTERN, digest) is None:
+        raise BundleNotFoundError(
+            "This is not the digest of a bundle",
+            expected="sha256: and 64 hexadecimal digits",
+            got=f"{len(digest)} characters",
+        )
+    return digest.removeprefix("sha256:")
+
+
+def _split(url: str) -> SplitResult | None:
+    """The parts of a URL; None if programs could differ over where it leads."""
+    if not url.isascii() or not url.isprintable() or "::" in url or set(url) & set(" %\\@?#"):
+        return None
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return None
+    if not url.startswith(f"{parts.scheme}://") or parts.scheme in ("", "local"):
+        return None
+    if (parts.scheme == "file") != (parts.netloc == ""):
+        return None
+    steps = parts.path.rstrip("/").split("/")[1:]
+    return None if any(step in ("", ".", "..") for step in steps) else parts
+
+
+def _is_below(url: SplitResult, source: SplitResult) -> bool:
+    return (
+        (url.scheme, url.netloc.lower()) == (source.scheme, source.netloc.lower())
+    ) and PurePosixPath(url.path or "/").is_relative_to(source.path or "/")
+
+
+@contextlib.contextmanager
+def _private_folder(parent: Path | None) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _storage_errors() -> Iterator[None]:
+    try:
+        yield
+    except AlterError:
+        raise
+    except Exception as error:  # every file system has its own
+        raise RegistryUnavailableError(
+            "The storage of bundles did not do what was asked of it",
+            expected="a file system that can be read and written",
+            got=type(error).__name__,
+            fix="Check the disk, or the service and its credentials, and try again.",
+        ) from error
