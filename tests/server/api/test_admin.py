@@ -409,4 +409,4 @@ def test_every_error_has_its_own_problem_type() -> None:
             "g",
             "f",
         )
-        assert problem.status in (404, 409, 422, 500, 503)
+        assert problem.status in (404, 409, 412, 422, 500, 503)
