@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -357,8 +357,12 @@ class DomainService:
     ) -> Activation:
         current = self._domains.get(name)
         if current is None or current.digest != expert.digest:
-            self._refuse_second_name(name, expert)
-        slot = self._free_slot() if current is None else current.slot
+            names = {str(domain.digest): domain.name for domain in self._domains.values()}
+            check_other_names(str(expert.digest), names)
+        if current is None:
+            slot = free_slot({d.slot for d in self._domains.values()}, self._max_domains)
+        else:
+            slot = current.slot
         if precondition is not None:
             precondition(self._epoch, current is not None)
         if current is not None and current.digest == expert.digest:
@@ -530,28 +534,6 @@ class DomainService:
                 fix=_RESTART,
             )
 
-    def _refuse_second_name(self, name: str, expert: ForgetExpert) -> None:
-        holders = [d.name for d in self._domains.values() if d.digest == expert.digest]
-        if holders:
-            raise DomainConflictError(
-                f"This bundle is already active under the name {holders[0]!r}",
-                expected="a bundle that is not active under another name",
-                got=str(expert.digest),
-                fix=f"Revoke {holders[0]!r} first, or keep using that name.",
-            )
-
-    def _free_slot(self) -> int:
-        taken = {domain.slot for domain in self._domains.values()}
-        for slot in range(self._max_domains):
-            if slot not in taken:
-                return slot
-        raise NoFreeSlotError(
-            "Every slot holds an expert",
-            expected=f"fewer than {self._max_domains} active domains",
-            got=str(len(taken)),
-            fix="Revoke a domain, or restart with a larger --alter-max-domains.",
-        )
-
     async def _collect(self, timeout_s: float) -> None:
         """Waits for a collection, the running one if there is one; never cancels a worker call."""
         if self._collection is None or self._collection.done():
@@ -574,6 +556,30 @@ class DomainService:
 def is_domain_name(name: str) -> bool:
     """True for what can name a forget domain."""
     return re.fullmatch(DOMAIN_NAME_PATTERN, name) is not None and name != RETAIN
+
+
+def check_other_names(digest: str, names: Mapping[str, str]) -> None:
+    """Raises: DomainConflictError if `names`, the active domains' by bundle digest, hold this bundle."""
+    if (holder := names.get(digest)) is not None:
+        raise DomainConflictError(
+            f"This bundle is already active under the name {holder!r}",
+            expected="a bundle that is not active under another name",
+            got=digest,
+            fix=f"Revoke {holder!r} first, or keep using that name.",
+        )
+
+
+def free_slot(taken: Collection[int], max_domains: int) -> int:
+    """The first slot that is not taken. Raises: NoFreeSlotError."""
+    for slot in range(max_domains):
+        if slot not in taken:
+            return slot
+    raise NoFreeSlotError(
+        "Every slot holds an expert",
+        expected=f"fewer than {max_domains} active domains",
+        got=str(len(taken)),
+        fix="Revoke a domain, or restart with a larger --alter-max-domains.",
+    )
 
 
 def check_domain_name(name: str) -> None:

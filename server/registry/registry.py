@@ -23,15 +23,14 @@ from sqlalchemy.orm import Session
 
 from alter_core.errors import (
     ConfigError,
-    DomainConflictError,
     DomainNotFoundError,
     EpochConflictError,
     IdempotencyConflictError,
-    NoFreeSlotError,
     OperationNotFoundError,
     RegistryMismatchError,
     RegistryUnavailableError,
 )
+from server.domains import check_other_names, free_slot
 from server.engine.base import InFlight
 
 from .database import DEFAULT_TIMEOUT_S, Database
@@ -345,26 +344,11 @@ class Registry:
                     fix="List the active ones with `alter domains list`.",
                 )
             return current.slot
-        for other in active.values():
-            if other.bundle_digest == request.bundle_digest:
-                raise DomainConflictError(
-                    f"This bundle is already active under the name {other.domain!r}",
-                    expected="a bundle that is not active under another name",
-                    got=str(request.bundle_digest),
-                    fix=f"Revoke {other.domain!r} first, or keep using that name.",
-                )
+        names = {str(change.bundle_digest): change.domain for change in active.values()}
+        check_other_names(str(request.bundle_digest), names)
         if current is not None:
             return current.slot
-        taken = {change.slot for change in active.values()}
-        for slot in range(self._max_domains):
-            if slot not in taken:
-                return slot
-        raise NoFreeSlotError(
-            "Every slot holds an expert",
-            expected=f"fewer than {self._max_domains} active domains",
-            got=str(len(taken)),
-            fix="Revoke a domain, or restart with a larger --alter-max-domains.",
-        )
+        return free_slot({change.slot for change in active.values()}, self._max_domains)
 
     def _lease_end(
         self,
