@@ -8,14 +8,13 @@ vLLM swallows a plugin's import error and would serve without it; so that is che
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import torch
 from alter_core.errors import (
     ConfigError,
     DomainConflictError,
-    UnsupportedEngineError,
     UnsupportedModelError,
 )
 from alter_core.fingerprint import BaseModelInfo
@@ -33,6 +31,7 @@ from server import memory
 from server.audit import AuditLog
 from server.engine.base import check_servable
 from server.engine.evidence_tables import cache_bytes
+from server.refusals import is_given, refuse_environment, refuse_unproven
 from server.settings import ServeSettings
 from server.tokens import TokenStore
 
@@ -47,106 +46,6 @@ _FILTERED_GROUPS = (
 """Groups that VLLM_PLUGINS filters, and that load everything while it is unset."""
 _SOURCES = (".py", ".cpp", ".h")
 _OTHER_WEIGHT_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Refusal:
-    """An option of vLLM that cannot be served with forget experts."""
-
-    option: str
-    is_asked_for: Callable[[Namespace], bool]
-    reason: str
-
-
-def _above_one(name: str) -> Callable[[Namespace], bool]:
-    return lambda args: (getattr(args, name, None) or 1) > 1
-
-
-def _given(*names: str) -> Callable[[Namespace], bool]:
-    return lambda args: any(getattr(args, name, None) not in (None, False, "", 0) for name in names)
-
-
-_UNPROVEN = "it is not proven with forget experts"
-_REFUSALS = (
-    _Refusal("--pipeline-parallel-size > 1", _above_one("pipeline_parallel_size"), _UNPROVEN),
-    _Refusal(
-        "data parallelism",
-        lambda args: (
-            _above_one("data_parallel_size")(args)
-            or _given(
-                "data_parallel_external_lb",
-                "data_parallel_hybrid_lb",
-                "data_parallel_multi_port_external_lb",
-            )(args)
-            or args.data_parallel_rank is not None
-        ),
-        "a switch reaches one engine only; run several servers instead",
-    ),
-    _Refusal(
-        "--api-server-count other than 1",
-        lambda args: args.api_server_count not in (None, 1),
-        "each API process would have its own idea of what is active",
-    ),
-    _Refusal("--nnodes > 1", _above_one("nnodes"), _UNPROVEN),
-    _Refusal(
-        "--prefill-context-parallel-size > 1",
-        _above_one("prefill_context_parallel_size"),
-        _UNPROVEN,
-    ),
-    _Refusal(
-        "--decode-context-parallel-size > 1", _above_one("decode_context_parallel_size"), _UNPROVEN
-    ),
-    _Refusal(
-        "--enable-dbo or --ubatch-size",
-        _given("enable_dbo", "ubatch_size"),
-        "the gate routes a step as a whole",
-    ),
-    _Refusal(
-        "--enable-prompt-embeds",
-        _given("enable_prompt_embeds"),
-        "prompts without token ids cannot be routed",
-    ),
-    _Refusal("--enable-lora", _given("enable_lora", "lora_modules"), _UNPROVEN),
-    _Refusal(
-        "--speculative-config",
-        _given("speculative_config", "spec_method", "spec_model", "spec_tokens"),
-        "a draft model knows nothing of forget experts",
-    ),
-    _Refusal(
-        "--kv-transfer-config or --kv-offloading-size",
-        _given("kv_transfer_config", "kv_offloading_size"),
-        "keys and values from before a switch could come back from outside",
-    ),
-    _Refusal("--ec-transfer-config", _given("ec_transfer_config"), _UNPROVEN),
-    _Refusal(
-        "--weight-transfer-config",
-        _given("weight_transfer_config"),
-        "experts belong to the base weights they were trained on",
-    ),
-    _Refusal("--headless", _given("headless"), "there would be no admin side"),
-    _Refusal("--grpc", _given("grpc", "grpc_port"), "answers would carry no epoch"),
-    _Refusal(
-        "--worker-cls",
-        lambda args: args.worker_cls != "auto",
-        "ALTER installs itself through its own worker class",
-    ),
-    _Refusal(
-        "--scheduler-cls",
-        _given("scheduler_cls"),
-        "a switch asks ALTER's scheduler to recompute requests",
-    ),
-    _Refusal("--worker-extension-cls", _given("worker_extension_cls"), _UNPROVEN),
-    _Refusal(
-        "--model-impl",
-        lambda args: args.model_impl not in ("auto", "vllm"),
-        "experts attach to vLLM's own model classes",
-    ),
-    _Refusal(
-        "--async-scheduling",
-        lambda args: args.async_scheduling is True,
-        "the gate reads the token ids of a step before it runs",
-    ),
-)
 
 
 def serve(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> None:
@@ -167,25 +66,6 @@ def serve(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> None
     check_memory(args, settings.max_domains, substrate)
     configure(args, settings, substrate)
     _run(args)
-
-
-def refuse_environment(environ: MutableMapping[str, str]) -> None:
-    """Raises: UnsupportedEngineError for variables of vLLM that ALTER cannot be served with."""
-    refused = {
-        "VLLM_USE_RUST_FRONTEND": "it serves HTTP without Python plugins",
-        "VLLM_SERVER_DEV_MODE": "it opens worker calls and weight updates to everybody",
-        "VLLM_ENABLE_RESPONSES_API_STORE": "it hands out text generated before a switch",
-        "VLLM_USE_V2_MODEL_RUNNER": "the gate reads token ids on the V1 model runner",
-    }
-    for name, reason in refused.items():
-        value = environ.get(name, "")
-        if value.strip().lower() not in ("", "0", "false"):
-            raise UnsupportedEngineError(
-                f"{name} cannot be used with forget experts: {reason}",
-                expected=f"{name} unset or 0",
-                got=value,
-                fix=f"Unset {name}.",
-            )
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
@@ -238,18 +118,6 @@ def parse_vllm_args(model: str, vllm_args: Sequence[str]) -> Namespace:
             "vLLM does not accept these flags", got=str(error), fix="See `alter serve --help`."
         ) from error
     return args
-
-
-def refuse_unproven(args: Namespace) -> None:
-    """Raises: UnsupportedEngineError for what would bypass the gate, or is not proven with it."""
-    for refusal in _REFUSALS:
-        if refusal.is_asked_for(args):
-            raise UnsupportedEngineError(
-                f"{refusal.option} cannot be used with forget experts: {refusal.reason}",
-                expected=f"no {refusal.option}",
-                got="it is set",
-                fix="Remove it from the command line or the configuration file.",
-            )
 
 
 def is_local(model: str) -> bool:
@@ -355,7 +223,7 @@ def check_memory(args: Namespace, max_domains: int, substrate: Substrate) -> Non
         memory_bytes = (total if kv_cache_bytes is None else available) // num_ranks
     else:
         memory_bytes = current_platform.get_device_total_memory()
-    is_offloaded = _given("cpu_offload_gb", "offload_group_size")(args)
+    is_offloaded = is_given("cpu_offload_gb", "offload_group_size")(args)
     weights_bytes = memory.weight_bytes(
         Path(args.model),
         value_bytes=value_bytes,

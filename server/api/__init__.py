@@ -10,5 +10,6 @@ attempts     request ids, and refused changes in the audit log
 conditions   ETag, If-Match, If-None-Match
 idempotency  Idempotency-Key
 middleware   x-alter-epoch, and the refusal to generate without trust
+closed_routes  routes of vLLM that do not answer
 sse          where a comment may stand in an event stream
 """

@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .closed_routes import CLOSED_ROUTES, closed
 from .runtime import AlterRuntime
 from .sse import EventStream, epoch_comment
 
@@ -66,6 +67,9 @@ class EpochMiddleware:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = route_path(scope)
+        if path in CLOSED_ROUTES:
+            await closed()(scope, receive, send)
+            return
         if path.startswith("/metrics") and self._runtime.service is not None:
             await self._runtime.service.collect_routed_tokens()
         if not is_always_open(path):

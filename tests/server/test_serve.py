@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import os
 import re
 import subprocess
@@ -24,6 +26,7 @@ from alter_core.attach import AttachedModel
 from alter_eval.models import ServedModel, TransformersModel
 from alter_eval.multiple_choice import Question, Subject
 from alter_eval.source import Source
+from server.api.closed_routes import CLOSED_ROUTES
 from tests.support.tiny import VOCAB_SIZE, TinyBundles, make_bundles
 from trainer.base_model import load_base_model
 from trainer.dataset import EncodedRow
@@ -247,6 +250,47 @@ def test_bad_activation_is_refused_and_changes_nothing(
     assert answer.status_code == status
     assert admin.get("/admin/status").json()["epoch"] == state["epoch"]
     assert _answer(openai_client) == before
+
+
+@pytest.mark.parametrize("path", sorted(CLOSED_ROUTES))
+def test_routes_into_the_engine_do_not_answer(path: str, server: RunningServer) -> None:
+    body = {"new_data_parallel_size": 2, "method": "alter_unstage", "lora_name": "x"}
+    for method in ("POST", "GET"):
+        assert httpx.request(method, f"{server.url}{path}", json=body).status_code == 404
+
+
+def test_a_prompt_of_embeddings_is_refused(server: RunningServer) -> None:
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(3, 128, dtype=torch.bfloat16), buffer)
+    embeddings = base64.b64encode(buffer.getvalue()).decode()
+    url = f"{server.url}/v1/completions"
+    for prompt in ({}, {"prompt": "the quick"}):
+        body = {"model": "demo", "max_tokens": 1, "prompt_embeds": embeddings} | prompt
+        answer = httpx.post(url, json=body, timeout=60)
+        assert answer.status_code == 400
+        assert "prompt_embeds" in answer.text or "prompt-embeds" in answer.text
+
+
+def test_keys_and_values_named_by_a_request_change_nothing(server: RunningServer) -> None:
+    """Without a connector nothing can be loaded: the answer is that of the plain request."""
+    body = {"model": "demo", "prompt": QUESTION, "max_tokens": 8, "temperature": 0}
+    remote = {
+        "do_remote_prefill": True,
+        "remote_engine_id": "other",
+        "remote_block_ids": [1, 2, 3],
+        "remote_host": "127.0.0.1",
+        "remote_port": 9,
+    }
+    texts = [
+        httpx.post(f"{server.url}/v1/completions", json=body | more, timeout=60).json()["choices"]
+        for more in ({}, {"kv_transfer_params": remote})
+    ]
+    assert texts[0][0]["text"] == texts[1][0]["text"]
+
+
+def test_an_adapter_of_a_request_is_unknown(server: RunningServer) -> None:
+    body = {"model": "some-adapter", "prompt": "a", "max_tokens": 1}
+    assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 404
 
 
 def test_admin_is_closed_without_the_token(server: RunningServer) -> None:

@@ -77,6 +77,22 @@ def parsed(*flags: str) -> Namespace:
         ["--ubatch-size", "2"],
         ["--nnodes", "2"],
         ["--decode-context-parallel-size", "2"],
+        ["--enable-mm-embeds"],
+        ["--runner", "pooling"],
+        ["--convert", "embed"],
+        ["--kv-sharing-fast-prefill"],
+        ["--diffusion-config", "{}"],
+        ["--hf-overrides", '{"num_hidden_layers": 1}'],
+        ["--hf-config-path", "/other"],
+        ["--model-class-overrides", '{"LlamaForCausalLM": "some.Other"}'],
+        ["--load-format", "dummy"],
+        ["--load-format", "pt"],
+        ["--enable-sleep-mode"],
+        ["--enable-elastic-ep"],
+        ["--enable-fault-tolerance"],
+        ["--profiler-config", '{"profiler": "torch", "torch_profiler_dir": "/tmp"}'],
+        ["--enable-scale-out"],
+        ["--tokens-only"],
     ],
     ids=" ".join,
 )
@@ -119,7 +135,15 @@ def test_flags_that_contradict_each_other_are_a_config_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["VLLM_USE_RUST_FRONTEND", "VLLM_SERVER_DEV_MODE", "VLLM_USE_V2_MODEL_RUNNER"]
+    "name",
+    [
+        "VLLM_USE_RUST_FRONTEND",
+        "VLLM_SERVER_DEV_MODE",
+        "VLLM_USE_V2_MODEL_RUNNER",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION",
+        "VLLM_MODEL_REDIRECT_PATH",
+    ],
 )
 def test_environment_that_bypasses_alter_is_refused(name: str) -> None:
     for value in ("1", "true", "junk"):
@@ -127,6 +151,12 @@ def test_environment_that_bypasses_alter_is_refused(name: str) -> None:
             launch.refuse_environment({name: value})
     for value in ("", "0", "False"):
         launch.refuse_environment({name: value})
+
+
+def test_data_parallelism_by_the_environment_is_refused_too() -> None:
+    with pytest.raises(UnsupportedEngineError, match="VLLM_DP_SIZE"):
+        launch.refuse_environment({"VLLM_DP_SIZE": "2"})
+    launch.refuse_environment({"VLLM_DP_SIZE": "1"})
 
 
 def test_users_plugins_stay() -> None:
