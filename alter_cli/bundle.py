@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from model_signing import signing, verifying
 from rich.console import Console
 from rich.table import Table
 
-from alter_core.bundle import SIGNATURE, read_bundle, read_manifest
-from alter_core.errors import BundleTamperedError
+from alter_core.bundle import read_bundle, read_manifest
+from server.signatures import SignaturePolicy, sign_bundle
 
 bundle_app = typer.Typer(help="Inspect, verify and sign bundles.", no_args_is_help=True)
 
@@ -47,36 +46,15 @@ def inspect_command(
 def verify_command(
     folder: Folder,
     public_key: Annotated[
-        Path | None, typer.Option(help="Also verify the signature with this public key (PEM).")
+        list[Path] | None,
+        typer.Option(help="Also verify the signature: it must be of one of these keys (PEM)."),
     ] = None,
 ) -> None:
     """Verify every digest and tensor of a bundle and, with a key, its signature."""
     manifest = read_manifest(folder)
-    if public_key is not None:
-        _verify_signature(folder, public_key)
-    read_bundle(folder, manifest.kind)
+    policy = SignaturePolicy.build(None, public_key or ())
+    policy.read(folder, lambda folder: read_bundle(folder, manifest.kind))
     print(f"{manifest.kind} {manifest.name} {manifest.digest}")
-
-
-def _verify_signature(folder: Path, public_key: Path) -> None:
-    signature = folder / SIGNATURE
-    try:
-        verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(
-            _hashing(folder)
-        ).verify(folder, signature)
-    except (ValueError, OSError) as error:
-        raise BundleTamperedError(
-            f"The signature of {folder} does not verify",
-            expected=f"{SIGNATURE} made with the key that belongs to {public_key}",
-            got=str(error),
-            fix="Do not serve this bundle; ask its maker to sign it again.",
-        ) from error
-
-
-def _hashing(folder: Path) -> object:
-    from model_signing import hashing
-
-    return hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
 
 
 @bundle_app.command("sign")
@@ -87,8 +65,4 @@ def sign_command(
     """Verify a bundle, then sign it with a private key as an OpenSSF model signature."""
     manifest = read_manifest(folder)
     read_bundle(folder, manifest.kind)
-    signature = folder / SIGNATURE
-    signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(
-        _hashing(folder)
-    ).sign(folder, signature)
-    print(f"{signature}")
+    print(f"{sign_bundle(folder, private_key)}")

@@ -15,13 +15,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import safetensors.torch
 import torch
@@ -44,6 +45,13 @@ WEIGHTS = "weights.safetensors"
 EVALUATION = "evaluation.json"
 SIGNATURE = "model.sig"
 MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_FILES = 16
+MAX_SIDE_FILE_BYTES = 16 * 2**20
+"""Of every file that holds no tensors."""
+MAX_TENSORS = 65_536
+MAX_NAME_LENGTH = 256
+MAX_WEIGHTS_HEADER_BYTES = 32 * 2**20
+"""Of safetensors' own index, before the tensors."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DOMAIN_NAME_PATTERN = r"^[a-z0-9-]{1,63}$"
 
@@ -52,11 +60,21 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH)]
+_Size = Annotated[int, Field(ge=0)]
+
+
 class TensorInfo(_Frozen):
     """Shape and dtype (torch's name, e.g. `bfloat16`) of one tensor."""
 
-    shape: tuple[int, ...]
+    shape: tuple[_Size, ...]
     dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its values; a dtype that is not supported counts as the widest."""
+        sizes = {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in DTYPES}
+        return math.prod(self.shape) * sizes.get(self.dtype, 8)
 
 
 class SiteInfo(_Frozen):
@@ -93,9 +111,9 @@ class Manifest(_Frozen):
     substrate_digest: str | None = None
     """Digest of the substrate that an expert was trained on; None for a substrate."""
     config: AlterConfig
-    sites: dict[str, SiteInfo]
-    tensors: dict[str, TensorInfo]
-    files: dict[str, str]
+    sites: dict[_Name, SiteInfo] = Field(max_length=MAX_TENSORS)
+    tensors: dict[_Name, TensorInfo] = Field(max_length=MAX_TENSORS)
+    files: dict[_Name, str] = Field(max_length=MAX_FILES)
     """SHA-256 of every other file of the bundle, but for the signature."""
     training: Provenance
     created_at: datetime
@@ -182,11 +200,11 @@ def read_manifest(folder: Path) -> Manifest:
     Raises: BundleNotFoundError, BundleFormatError.
     """
     path = folder / MANIFEST
-    if not folder.is_dir() or not path.is_file():
+    if not folder.is_dir() or path.is_symlink() or not path.is_file():
         raise BundleNotFoundError(
             f"There is no bundle at {folder}",
             expected=f"a folder with {MANIFEST}",
-            got="no such folder" if not folder.is_dir() else "a folder without one",
+            got="no such folder" if not folder.is_dir() else "a folder without one, or a link",
             fix="Give the folder that `alter train` wrote; an interrupted run leaves none.",
         )
     if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
@@ -310,6 +328,7 @@ def _read_verified(folder: Path, manifest: Manifest) -> dict[str, bytes]:
             raise BundleTamperedError(
                 f"{name!r} is not a plain file of the bundle", expected="a plain file"
             )
+        _check_size(path, manifest)
         data = path.read_bytes()
         if (actual := hashlib.sha256(data).hexdigest()) != expected:
             raise BundleTamperedError(
@@ -320,6 +339,20 @@ def _read_verified(folder: Path, manifest: Manifest) -> dict[str, bytes]:
             )
         contents[name] = data
     return contents
+
+
+def _check_size(path: Path, manifest: Manifest) -> None:
+    """Refuses what is larger than what the manifest announces, before it is read into memory."""
+    limit = MAX_SIDE_FILE_BYTES
+    if path.name == WEIGHTS:
+        limit = MAX_WEIGHTS_HEADER_BYTES + sum(t.num_bytes for t in manifest.tensors.values())
+    if (size := path.stat().st_size) > limit:
+        raise BundleTamperedError(
+            f"{path} is larger than its manifest allows",
+            expected=f"at most {limit} bytes",
+            got=f"{size} bytes",
+            fix=_COPY_AGAIN,
+        )
 
 
 def _names(names: set[str]) -> str:

@@ -15,7 +15,8 @@ AlterError
 │   ├── BundleTensorError        a tensor is missing, misshapen or not finite
 │   ├── BaseModelMismatchError   made for another base model
 │   ├── SubstrateMismatchError   made for another substrate
-│   └── BundleSourceError        at a place that bundles may not come from
+│   ├── BundleSourceError        at a place that bundles may not come from
+│   └── BundleSignatureError     not signed with a trusted key, or changed since
 ├── DomainError
 │   ├── DomainNameError          not `[a-z0-9-]{1,63}`
 │   ├── DomainNotFoundError      no such active domain
@@ -126,6 +127,10 @@ class SubstrateMismatchError(BundleError):
 
 class BundleSourceError(BundleError):
     """Bundles may not come from that place."""
+
+
+class BundleSignatureError(BundleError):
+    """No trusted key has signed the bundle as it is."""
 
 
 class DomainError(AlterError):

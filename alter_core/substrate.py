@@ -6,6 +6,7 @@ Legend: R rank, I input features, O stacked output features, D embedding size.
 from __future__ import annotations
 
 import dataclasses
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from .bundle import (
+    MAX_MANIFEST_BYTES,
+    MAX_SIDE_FILE_BYTES,
+    MAX_WEIGHTS_HEADER_BYTES,
     Bundle,
     Manifest,
     Provenance,
     SiteInfo,
     TensorInfo,
     read_bundle,
+    read_manifest,
     write_bundle,
 )
 from .config import AlterConfig
@@ -175,32 +180,16 @@ class ForgetExpert:
 
         Raises: BundleError of the fitting kind.
         """
-        bundle = read_bundle(folder, "forget-expert")
-        return cls.from_bundle(bundle, substrate)
+        # Before any tensor is read: what does not fit may be of any size.
+        _check_expert(read_manifest(folder), substrate)
+        return cls.from_bundle(read_bundle(folder, "forget-expert"), substrate)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, substrate: Substrate) -> ForgetExpert:
         """See `read`."""
-        manifest, config = bundle.manifest, substrate.config
-        _check_base_model(manifest, substrate.base_model)
-        if manifest.substrate_digest != substrate.digest:
-            raise SubstrateMismatchError(
-                f"expert {manifest.name!r} was trained on another substrate",
-                expected=str(substrate.digest),
-                got=str(manifest.substrate_digest),
-                fix="Train it with `alter train --substrate` on the substrate that is served.",
-            )
-        head = EvidenceHead(
-            substrate.base_model.hidden_size,
-            ngram=config.evidence_ngram,
-            num_units=config.evidence_units,
-        )
-        expected: dict[str, tuple[int, ...]] = {
-            f"{s}.lora_b": (i.out_features, config.rank) for s, i in substrate.sites.items()
-        }
-        expected |= {k: tuple(t.shape) for k, t in _module_tensors("evidence", head).items()}
-        expected |= {"router.scalar_weight": (1,)}
-        _check_shapes(manifest, expected)
+        manifest = bundle.manifest
+        _check_expert(manifest, substrate)
+        head = _evidence_head(substrate)
         _load_module("evidence", head, bundle.tensors)
         return cls(
             name=manifest.name,
@@ -210,6 +199,45 @@ class ForgetExpert:
             digest=bundle.digest,
             evaluation=bundle.evaluation,
         )
+
+
+def max_expert_bytes(substrate: Substrate) -> int:
+    """What the files of an expert of this substrate can come to, in its widest dtype."""
+    numbers = sum(math.prod(shape) for shape in _expert_shapes(substrate).values())
+    side_files = MAX_MANIFEST_BYTES + MAX_SIDE_FILE_BYTES
+    return numbers * torch.float32.itemsize + MAX_WEIGHTS_HEADER_BYTES + side_files
+
+
+def _evidence_head(substrate: Substrate) -> EvidenceHead:
+    config = substrate.config
+    return EvidenceHead(
+        substrate.base_model.hidden_size,
+        ngram=config.evidence_ngram,
+        num_units=config.evidence_units,
+    )
+
+
+def _expert_shapes(substrate: Substrate) -> dict[str, tuple[int, ...]]:
+    rank = substrate.config.rank
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{s}.lora_b": (i.out_features, rank) for s, i in substrate.sites.items()
+    }
+    head = _module_tensors("evidence", _evidence_head(substrate))
+    return shapes | {k: tuple(t.shape) for k, t in head.items()} | {"router.scalar_weight": (1,)}
+
+
+def _check_expert(manifest: Manifest, substrate: Substrate) -> None:
+    if manifest.kind != "forget-expert":
+        return  # read_bundle says so
+    _check_base_model(manifest, substrate.base_model)
+    if manifest.substrate_digest != substrate.digest:
+        raise SubstrateMismatchError(
+            f"expert {manifest.name!r} was trained on another substrate",
+            expected=str(substrate.digest),
+            got=str(manifest.substrate_digest),
+            fix="Train it with `alter train --substrate` on the substrate that is served.",
+        )
+    _check_shapes(manifest, _expert_shapes(substrate))
 
 
 def _module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import SplitResult, urlsplit
@@ -28,8 +28,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from alter_core.bundle import (
     MANIFEST,
+    MAX_FILES,
     MAX_MANIFEST_BYTES,
     SIGNATURE,
+    Bundle,
     Manifest,
     read_bundle,
     read_manifest,
@@ -44,12 +46,11 @@ from alter_core.errors import (
     ConfigError,
     RegistryUnavailableError,
 )
+from server.signatures import MAX_SIGNATURE_BYTES, SignaturePolicy
 
 from .records import DIGEST_PATTERN
 
 DEFAULT_MAX_BUNDLE_BYTES = 16 * 2**30
-MAX_SIGNATURE_BYTES = 2**20
-MAX_FILES = 16
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 _CHUNK_BYTES = 2**20
 
@@ -107,10 +108,12 @@ class BundleStore:
         url: str,
         *,
         imports: ImportPolicy | None = None,
+        signatures: SignaturePolicy | None = None,
         max_bundle_bytes: int = DEFAULT_MAX_BUNDLE_BYTES,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """`url`: a local folder or an fsspec URL; `storage_options` go to its file system.
+        """`url`: a local folder or an fsspec URL; `storage_options` go to its file system. `signatures` are
+        looked at whenever a bundle is read, on its way in and on its way out.
 
         Raises: ConfigError.
         """
@@ -126,6 +129,7 @@ class BundleStore:
         self._is_local = isinstance(self._fs, LocalFileSystem)
         self._root = os.path.realpath(root) if self._is_local else root.rstrip("/")
         self._imports = imports or ImportPolicy()
+        self._signatures = signatures or SignaturePolicy()
         self._max_bundle_bytes = max_bundle_bytes
 
     def put(self, folder: Path) -> str:
@@ -159,12 +163,12 @@ class BundleStore:
         name = _hex(digest)
         target = cache / name
         with _storage_errors():
-            if _is_verified(target, digest):
+            if _is_verified(target, digest, self._verify):
                 return target
             cache.mkdir(parents=True, exist_ok=True)
             with _private_folder(cache) as staging:
                 self._copy(self._fs, self._place(name), staging)
-                _verify(staging, digest)
+                self._verify(staging, digest)
                 _settle(staging, target, digest)
         return target
 
@@ -173,7 +177,7 @@ class BundleStore:
             Path(self._root, "sha256").mkdir(parents=True, exist_ok=True)
         with _private_folder(Path(self._root) if self._is_local else None) as staging:
             manifest = self._copy(fs, folder, staging)
-            _verify(staging, manifest.digest)
+            self._verify(staging, manifest.digest)
             place = self._place(_hex(manifest.digest))
             if self._is_local:
                 _settle(staging, Path(place), manifest.digest)
@@ -218,6 +222,10 @@ class BundleStore:
         _sync_folder(into)
         return manifest
 
+    def _verify(self, folder: Path, digest: str) -> Bundle:
+        """As `_verify`, the signature first. Raises: BundleError."""
+        return self._signatures.read(folder, lambda folder: _verify(folder, digest))
+
     def _place(self, name: str) -> str:
         place = f"{self._root}/sha256/{name}"
         if self._is_local and os.path.realpath(place) != place:
@@ -260,22 +268,25 @@ def _move(staging: Path, target: Path) -> bool:
     return True
 
 
-def _is_verified(folder: Path, digest: str) -> bool:
+def _is_verified(
+    folder: Path, digest: str, verify: Callable[[Path, str], Bundle] | None = None
+) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return False
     try:
-        _verify(folder, digest)
+        (verify or _verify)(folder, digest)
     except (AlterError, OSError):
         return False
     return True
 
 
-def _verify(folder: Path, digest: str) -> None:
-    manifest = read_bundle(folder, read_manifest(folder).kind).manifest
-    if manifest.digest != digest:
+def _verify(folder: Path, digest: str) -> Bundle:
+    bundle = read_bundle(folder, read_manifest(folder).kind)
+    if bundle.digest != digest:
         raise BundleTamperedError(
-            "Another bundle lies where this one should", expected=digest, got=manifest.digest
+            "Another bundle lies where this one should", expected=digest, got=bundle.digest
         )
+    return bundle
 
 
 def _copy_file(fs: AbstractFileSystem, source: str, target: Path, max_bytes: int) -> int:

@@ -11,7 +11,12 @@ from typer.testing import CliRunner
 
 from alter_cli.bundle import bundle_app
 from alter_core import read_manifest
-from alter_core.errors import BundleNotFoundError, BundleTamperedError
+from alter_core.errors import (
+    BundleNotFoundError,
+    BundleSignatureError,
+    BundleTamperedError,
+    ConfigError,
+)
 from tests.support.tiny import TinyBundles, make_bundles
 
 
@@ -77,8 +82,23 @@ def test_signed_bundle_verifies_with_its_key_and_with_no_other(
         ["openssl", "ec", "-pubout"], input=key, check=True, capture_output=True
     ).stdout
     other.write_bytes(public_other)
-    with pytest.raises(BundleTamperedError, match="signature"):
+    with pytest.raises(BundleSignatureError):
         _run("verify", expert, "--public-key", other)
+    _run("verify", expert, "--public-key", other, "--public-key", public)
+
+
+def test_keys_that_cannot_be_used_are_named(
+    expert: Path, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    private, public = keys
+    (tmp_path / "junk.pem").write_text("junk")
+    for key in (private, tmp_path / "junk.pem", tmp_path / "none.pem"):
+        with pytest.raises(ConfigError, match=f"public key .*{key.name}"):
+            _run("verify", expert, "--public-key", key)
+    for key in (public, tmp_path / "junk.pem", tmp_path / "none.pem"):
+        with pytest.raises(ConfigError, match=f"private key .*{key.name}"):
+            _run("sign", expert, "--private-key", key)
+    assert not (expert / "model.sig").exists()
 
 
 def test_changed_manifest_fails_the_signature_even_if_its_digests_fit(
@@ -89,14 +109,14 @@ def test_changed_manifest_fails_the_signature_even_if_its_digests_fit(
     manifest = expert / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"seed":0', '"seed":1'))
     _run("verify", expert)
-    with pytest.raises(BundleTamperedError, match="signature"):
+    with pytest.raises(BundleSignatureError):
         _run("verify", expert, "--public-key", public)
 
 
 def test_unsigned_bundle_is_refused_where_a_key_is_given(
     expert: Path, keys: tuple[Path, Path]
 ) -> None:
-    with pytest.raises(BundleTamperedError, match="signature"):
+    with pytest.raises(BundleSignatureError):
         _run("verify", expert, "--public-key", keys[1])
 
 
