@@ -136,7 +136,7 @@ def _verified(folder: Path, signature: Path, public_key: Path) -> str | None:
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
         config.set_hashing_config(hashes).verify(folder, signature)
-        return "sha256:" + hashes.sha256[MANIFEST]
+        return f"sha256:{hashes.sha256[MANIFEST]}"
     except Exception as error:  # a hostile signature may break any of the libraries that parse it
         logger.info("%s has not signed %s (%s)", public_key.name, folder, type(error).__name__)
         return None
