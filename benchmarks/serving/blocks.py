@@ -32,7 +32,10 @@ Measure = Callable[[Artefacts, BenchSettings, Path], Result]
 
 _SHOWING = ("__init__", "__main__", "figures", "report", "plots", "profile", "operators")
 """Modules that no result follows from."""
-_MEASURED_PACKAGES = ("alter_core", "server", "server.engine", "server.api")
+_OF_SERVERS = ("base_server", "gaps", "online", "servers", "startup", "switch", "trace")
+"""Modules that no result of an engine alone follows from."""
+_ENGINE_PACKAGES = ("alter_core", "server.engine")
+_SERVER_PACKAGES = (*_ENGINE_PACKAGES, "server", "server.api", "server.audit", "server.registry")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class Block:
     kind: str
     model: str
     measure: Measure
+    has_server: bool
+    """False for engines alone."""
 
     @property
     def name(self) -> str:
@@ -51,10 +56,12 @@ class Block:
 
 def blocks_of(settings: BenchSettings) -> dict[str, Block]:
     """All blocks of a run, by name, the headline model's first."""
-    kinds: dict[str, Measure] = {
+    of_engines: dict[str, Measure] = {
         "offline": _offline((settings.num_domains,), has_lora=True),
         "scale": _offline((settings.few_domains, settings.many_domains)),
         **{f"n{count}": _offline((count,)) for count in settings.other_domains},
+    }
+    of_servers: dict[str, Measure] = {
         "switch": functools.partial(_switch, traffic=TrafficKind.MIXED),
         "switch_retain": functools.partial(_switch, traffic=TrafficKind.RETAIN),
         "activation": functools.partial(_switch, traffic=TrafficKind.MIXED, is_heavy=True),
@@ -62,9 +69,9 @@ def blocks_of(settings: BenchSettings) -> dict[str, Block]:
         **{f"online_{kind}": functools.partial(_online, kind=kind) for kind in TrafficKind},
     }
     found = [
-        Block(kind=kind, model=model, measure=measure)
+        Block(kind=kind, model=model, measure=measure, has_server=kind in of_servers)
         for model in reversed(settings.models)
-        for kind, measure in kinds.items()
+        for kind, measure in (of_engines | of_servers).items()
     ]
     return {block.name: block for block in found}
 
@@ -117,7 +124,7 @@ class BlockCache:
 
     def path(self, block: Block) -> Path:
         """Where a block's result is, or will be."""
-        parts = (block.name, repr(self.settings), _measured_sources())
+        parts = (block.name, repr(self.settings), _measured_sources(block.has_server))
         digest = hashlib.sha256("\0".join(parts).encode())
         return self.folder / f"{block.name}-{digest.hexdigest()[:12]}.json"
 
@@ -136,11 +143,13 @@ def keep(path: Path, result: Mapping[str, Any]) -> None:
 
 
 @functools.cache
-def _measured_sources() -> str:
+def _measured_sources(has_server: bool) -> str:
     here = package_folder("benchmarks.serving")
-    ours = [path for path in sorted(here.glob("*.py")) if path.stem not in _SHOWING]
+    others = _SHOWING if has_server else (*_SHOWING, *_OF_SERVERS)
+    ours = [path for path in sorted(here.glob("*.py")) if path.stem not in others]
+    packages = _SERVER_PACKAGES if has_server else _ENGINE_PACKAGES
     texts = [path.read_text("utf-8") for path in ours]
-    texts += [sources(package_folder(package)) for package in _MEASURED_PACKAGES]
+    texts += [sources(package_folder(package)) for package in packages]
     texts += [path.read_text("utf-8") for path in native.sources()]
     return "\0".join(texts)
 

@@ -11,6 +11,7 @@ N active domains, W window.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -26,7 +27,7 @@ IntArray = NDArray[np.int64]
 _SCAN_TOKENS = 1024
 """Positions of one text that are scored at a time."""
 _FIRES_ABOVE = -1e-3
-"""Evidence that counts as firing for `fires`: a product of another shape may round to the other side of 0."""
+"""Evidence that counts as such for `touches`: a product of another shape may round to the other side of 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,26 @@ class EvidenceBank:
     def prepare(self, head: EvidenceHead) -> None:
         """Does ahead what `set_head` would have to do for this head. Safe beside running steps."""
 
-    def fires(self, token_ids: NDArray[np.int32]) -> bool:
-        """True if any active head finds evidence at any position. Shapes: token_ids (M,)."""
-        # Written so that a NaN counts as firing.
-        return not bool((self._text_scores(token_ids) <= _FIRES_ABOVE).all())
+    def touches(self, expert: int, token_ids: NDArray[np.int32], *, tolerance: float) -> bool:
+        """True if any token's expert weights differ by more than `tolerance` without this expert.
+
+        That is where its head finds evidence, and where it comes so close to the best of the others that
+        it takes weight from them: exp(x / T) of a softmax that sums to at least exp(best / T).
+
+        Shapes: token_ids (M,).
+        """
+        # Comparisons are written so that a NaN counts as touched.
+        scores = self._text_scores(token_ids)
+        is_own = self.experts == expert
+        own, others = scores[:, is_own], scores[:, ~is_own]
+        if not (own <= _FIRES_ABOVE).all():
+            return True
+        if (others <= _FIRES_ABOVE).all():
+            return False
+        best = others.amax(dim=1, keepdim=True)
+        own, best = windowed_max(torch.cat([own, best], dim=1), self._config.evidence_window).T
+        distance = self._config.temperature_high * -math.log(tolerance)
+        return not bool(((best <= _FIRES_ABOVE) | (own <= best - distance)).all())
 
     def _text_scores(self, token_ids: NDArray[np.int32]) -> Tensor:
         """Evidence of every token of one text. Shapes: (M,) -> (M, N)."""

@@ -1,7 +1,7 @@
 """vLLM's scheduler, for a switch that recomputes only what it can have changed.
 
 `alter serve` names it with vLLM's own `scheduler_cls`. It schedules as vLLM's does; only
-`reset_prefix_cache` can do one thing more: let requests keep their keys and values and their place.
+`reset_prefix_cache` can do more: let requests keep their keys and values and their place, and end the pause.
 Which ones, the workers say (`AlterWorkerMixin.alter_commit`); what makes one doubtful here, it is
 recomputed all the same.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm.distributed.kv_events import AllBlocksCleared
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
@@ -28,10 +29,11 @@ class AlterScheduler(Scheduler):  # type: ignore[misc]
     ) -> Any:
         """Drops the prefix cache whole; preempts running requests.
 
-        `reset_running_requests` is vLLM's flag, or `{"untouched": {request: tokens}}`: requests that no
-        expert touches within their first `tokens` tokens. Such a mapping is true, so that vLLM's own
-        scheduler would recompute everything. The answer is then a mapping too: `kept_requests`,
-        `recomputed_requests` and `recomputed_tokens`, those computed before.
+        `reset_running_requests` is vLLM's flag, or `{"untouched": {request: tokens}}`: requests that the
+        change does not touch within their first `tokens` tokens. Such a mapping is true, so that vLLM's
+        own scheduler would recompute everything. With it generation goes on afterwards, paused or not, and
+        the answer is a mapping too: `kept_requests`, `recomputed_requests` and `recomputed_tokens`, those
+        computed before.
 
         No request ever finds a block from before by its hash, not even one of a kept request; two that
         share such blocks and are both kept go on sharing them.
@@ -53,6 +55,7 @@ class AlterScheduler(Scheduler):  # type: ignore[misc]
                 raise RuntimeError(
                     "vLLM could not drop everything that it keeps of earlier requests"
                 )
+            self.set_pause_state(PauseState.UNPAUSED)
             return report
         self.running[:] = kept
         timestamp = time.monotonic()
@@ -61,6 +64,7 @@ class AlterScheduler(Scheduler):  # type: ignore[misc]
         # The runner drops and adds again who is preempted and resumed in one step, and only them.
         self.prev_step_scheduled_req_ids.difference_update(r.request_id for r in others)
         self._forget_cached_blocks(kept)
+        self.set_pause_state(PauseState.UNPAUSED)
         return report
 
     def _requests_to_keep(self, untouched: Mapping[str, int]) -> list[Request]:

@@ -4,9 +4,9 @@
     pause    the scheduler freezes after the current step
     commit   copy into the slot, begin the epoch            on every worker
     reset    drop the prefix cache; running requests will be recomputed from their first token, but
-             for those that no expert touched before the commit or touches after it
-    resume
+             for those that neither the expert that went nor the one that came touches; go on
 
+The engine works calls off in the order in which they were sent: pause and commit are sent together.
 No token generated after the resume attends to keys and values that the change would have made different.
 """
 
@@ -40,6 +40,7 @@ class VllmForgetEngine:
     def __init__(self, client: EngineClient) -> None:
         self._client = client
         self._is_trusted = True
+        self._confirmation: asyncio.Task[None] | None = None
 
     @property
     def is_trusted(self) -> bool:
@@ -61,24 +62,32 @@ class VllmForgetEngine:
             await self._stage(bundle, digest)
         staged = time.monotonic()
         try:
-            # Without `AsyncLLM.pause_generation`'s sleep of 20 ms, which only lets outputs be delivered
-            # first, and without its reset of the cache, which would preempt every request.
-            await self._client.engine_core.pause_scheduler_async(
-                mode="keep" if in_flight == "recompute" else "abort", clear_cache=False
+            _, committed = await asyncio.gather(
+                self._pause(in_flight), self._rpc("alter_commit", epoch, slot, digest)
             )
-            committed = await self._rpc("alter_commit", epoch, slot, digest)
             self._require_committed(committed, epoch, slot, digest)
-            recomputed = await self._reset_touched(committed)
+            recomputed = await self._reset_touched_and_resume(committed)
         except Exception as error:
-            await self._roll_back(error)
-        await self._rpc("alter_confirm")
-        await self._client.resume_generation()
+            await self._roll_back(epoch, error)
+        self._confirmation = asyncio.create_task(self._confirm(epoch))
         return SwitchReport(
             epoch=epoch,
             stage_s=staged - started,
             pause_s=time.monotonic() - staged,
             **recomputed,
         )
+
+    async def _pause(self, in_flight: InFlight) -> None:
+        # Without `AsyncLLM.pause_generation`'s sleep of 20 ms, which only lets outputs be delivered
+        # first, and without its reset of the cache, which would preempt every request.
+        await self._client.engine_core.pause_scheduler_async(
+            mode="keep" if in_flight == "recompute" else "abort", clear_cache=False
+        )
+
+    async def _confirm(self, epoch: int) -> None:
+        """Frees what a rollback would have needed; the next commit does so too."""
+        with contextlib.suppress(Exception):
+            await self._rpc("alter_confirm", epoch)
 
     async def _stage(self, bundle: Path, digest: str | None) -> None:
         try:
@@ -96,11 +105,12 @@ class VllmForgetEngine:
                 fix="Check that every worker can read the bundle's folder.",
             ) from error
 
-    async def _roll_back(self, cause: Exception) -> None:
+    async def _roll_back(self, epoch: int, cause: Exception) -> None:
         """Restores the previous experts and raises; without proof of that the engine stays paused."""
         self._is_trusted = False
         with contextlib.suppress(Exception):
-            await self._rpc("alter_rollback")
+            await self._pause("recompute")
+            await self._rpc("alter_rollback", epoch)
             await self._reset_cache()
             await self.state()
             await self._client.resume_generation()
@@ -126,7 +136,7 @@ class VllmForgetEngine:
                 got=f"epoch {state.epoch} with {state.digests[slot]}",
             )
 
-    async def _reset_touched(self, committed: list[dict[str, Any]]) -> dict[str, int]:
+    async def _reset_touched_and_resume(self, committed: list[dict[str, Any]]) -> dict[str, int]:
         """Drops the prefix cache, and running requests unless all workers call them untouched.
 
         Returns: what `AlterScheduler.reset_prefix_cache` reports.

@@ -5,6 +5,7 @@ Remote methods return plain types only: they travel through vLLM's message queue
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
@@ -45,6 +46,17 @@ class _Occupant:
 _EMPTY = _Occupant(digest=None, lora_b=None, head=None)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Undo:
+    """What a commit put an end to."""
+
+    epoch: int
+    """The epoch that the commit began."""
+    epoch_before: int
+    slot: int
+    occupant: _Occupant
+
+
 class AlterWorkerMixin:
     """Loads the model, attaches the substrate, and switches experts on request."""
 
@@ -70,7 +82,7 @@ class AlterWorkerMixin:
         )
         self._digests: list[str | None] = [None] * settings["max_domains"]
         self._staging: tuple[str, Future[_Occupant]] | None = None
-        self._undo: tuple[int, int, _Occupant] | None = None
+        self._undo: _Undo | None = None
         self._epoch = 0
         self._wrap_model_forward()
 
@@ -120,7 +132,10 @@ class AlterWorkerMixin:
         staged: Future[_Occupant] = Future()
 
         def stage() -> None:
-            # A CPU worker is bound to the core that its steps also need. Linux: of this thread alone.
+            # A CPU worker is bound to the cores that its steps need; whoever started it is not. Linux: both
+            # calls are for this thread alone.
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STAGING_NICENESS)
             try:
                 staged.set_result(self._read(bundle, digest))
@@ -157,37 +172,33 @@ class AlterWorkerMixin:
     def alter_commit(self, epoch: int, slot: int, digest: str | None) -> dict[str, Any]:
         """Puts the staged expert into a slot, or empties it (None), and begins an epoch.
 
-        Returns `alter_state` and, as `untouched`, the number of tokens by id of each request that no
-        active expert touched before or touches now. All ranks scan the same requests as often:
+        Returns `alter_state` and, as `untouched`, the number of tokens by id of each request that neither
+        the expert that goes nor the one that comes touches. All ranks scan the same requests as often:
         embeddings of a sharded table are collective.
         """
-        scans = []
-        if digest is None or self._digests[slot] is not None:  # what was active may be so no more
-            scans.append(self._untouched())
-        occupant = _EMPTY
-        if digest is not None:
-            occupant = self._staged(digest).result(timeout=0)
-        self._undo = (self._epoch, slot, self._occupant(slot))
+        occupant = _EMPTY if digest is None else self._staged(digest).result(timeout=0)
+        before = self._untouched(slot)
+        self._undo = _Undo(
+            epoch=epoch, epoch_before=self._epoch, slot=slot, occupant=self._occupant(slot)
+        )
         self._occupy(slot, occupant)
         self._gate.reset_counts(slot + 1)
         self._staging = None
         self._epoch = epoch
-        if digest is not None:  # what was not active may be so now
-            scans.append(self._untouched())
-        untouched = set.intersection(*(set(scan.items()) for scan in scans))
+        untouched = before.items() & self._untouched(slot).items()
         return self.alter_state() | {"untouched": dict(untouched)}
 
-    def alter_rollback(self) -> None:
-        """Undoes the last commit, if there was one since the last `alter_confirm`."""
+    def alter_rollback(self, epoch: int) -> None:
+        """Undoes the commit that began this epoch, if there was one and it is not confirmed."""
         self._staging = None
-        if self._undo is not None:
-            self._epoch, slot, occupant = self._undo
-            self._occupy(slot, occupant)
-            self._undo = None
+        if (undo := self._undo) is not None and undo.epoch == epoch:
+            self._occupy(undo.slot, undo.occupant)
+            self._epoch, self._undo = undo.epoch_before, None
 
-    def alter_confirm(self) -> None:
-        """Lets go of what a rollback would need."""
-        self._undo = None
+    def alter_confirm(self, epoch: int) -> None:
+        """Lets go of what a rollback of the commit that began this epoch would need."""
+        if self._undo is not None and self._undo.epoch == epoch:
+            self._undo = None
 
     def _occupant(self, slot: int) -> _Occupant:
         """A copy of what a slot holds."""
@@ -205,12 +216,19 @@ class AlterWorkerMixin:
         self._gate.bank.set_head(slot + 1, occupant.head)
         self._digests[slot] = occupant.digest
 
-    def _untouched(self) -> dict[str, int]:
-        """Number of tokens by id of each request on which no active head fires."""
+    def _untouched(self, slot: int) -> dict[str, int]:
+        """Number of tokens by id of each request that the expert in a slot does not touch, if there is one.
+
+        What it changes by less than the served type can resolve at 1 does not count.
+        """
+        rounding = torch.finfo(self.vllm_config.model_config.dtype).eps / 2
+        is_empty = self._digests[slot] is None
         untouched = {}
         for request in self.model_runner.requests:
             token_ids = self._token_ids(request)
-            if token_ids is not None and not self._gate.bank.fires(token_ids):
+            if token_ids is not None and (
+                is_empty or not self._gate.bank.touches(slot + 1, token_ids, tolerance=rounding)
+            ):
                 untouched[request] = len(token_ids)
         return untouched
 

@@ -82,6 +82,7 @@ def test_spans_need_tofus_perturbed_answers(
         gradient.run(contender, task, 1e-4, seed=0, scratch=tmp_path)
 
 
+@pytest.mark.slow
 def test_alters_masks_share_the_router_and_forget(
     task: _WorldTask, criterion: Criterion, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ def _never(*_: Any) -> dict[str, Any]:
     raise AssertionError("must not be measured")
 
 
-BLOCK = Block(kind="scale", model="25m", measure=_never)
+BLOCK = Block(kind="scale", model="25m", measure=_never, has_server=False)
 
 
 def test_every_block_of_the_full_run_has_a_name_of_its_own_the_headline_models_first() -> None:
@@ -49,8 +49,22 @@ def test_other_settings_model_or_sources_have_results_of_their_own(
     assert path() == before
     assert path(rounds=9) != before
     assert path(dataclasses.replace(BLOCK, model="150m")) != before
-    monkeypatch.setattr(blocks, "_measured_sources", lambda: "other code")
+    served = dataclasses.replace(BLOCK, has_server=True)
+    served_before = path(served)
+    assert served_before != before
+    monkeypatch.setattr(blocks, "_measured_sources", lambda has_server: f"other {has_server}")
     assert path() != before
+    assert path(served) != served_before
+
+
+def test_results_of_an_engine_do_not_follow_from_the_server() -> None:
+    of_engine, of_server = (blocks._measured_sources(has_server) for has_server in (False, True))
+    for source in ("server/engine/gate.py", "benchmarks/serving/offline.py"):
+        assert Path(source).read_text("utf-8") in of_engine
+    for source in ("server/api/app.py", "benchmarks/serving/switch.py"):
+        text = Path(source).read_text("utf-8")
+        assert text in of_server
+        assert text not in of_engine
 
 
 def test_failed_process_is_reported_with_the_end_of_its_log(

@@ -45,15 +45,17 @@ def _retain(architecture: str) -> str:
     return "trained" if architecture == "mistral" else "identity"
 
 
-MODES = [(name, is_eager) for name in ARCHITECTURES for is_eager in (True, False)]
-MODES.remove(("llama", False))  # the engine that the tests beside this one share
+_EAGER = [pytest.param(name, True, id=f"{name}-eager") for name in ARCHITECTURES]
+_COMPILED = [  # llama's is the engine that the tests beside this one share
+    pytest.param(
+        name, False, id=f"{name}-compiled", marks=() if name == "qwen3" else pytest.mark.slow
+    )
+    for name in ARCHITECTURES
+    if name != "llama"
+]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "enforce_eager"),
-    MODES,
-    ids=[f"{name}-{'eager' if is_eager else 'compiled'}" for name, is_eager in MODES],
-)
+@pytest.mark.parametrize(("architecture", "enforce_eager"), _EAGER + _COMPILED)
 def test_architecture_routes_answers_and_revokes_as_the_reference(
     architecture: str, enforce_eager: bool, bundles_of: Callable[[str], TinyBundles]
 ) -> None:

@@ -32,7 +32,13 @@ def test_hook_is_in_force_with_a_cache_warm_from_an_unhooked_run(
         assert engine.run(engine.engine.run_canary()).num_sites == 8
 
 
-@pytest.mark.parametrize("inert_site", [None, "layers.2.down"], ids=["everywhere", "one-site"])
+@pytest.mark.parametrize(
+    "inert_site",
+    [
+        pytest.param(None, id="everywhere", marks=pytest.mark.slow),
+        pytest.param("layers.2.down", id="one-site"),
+    ],
+)
 def test_canary_fails_when_the_hook_is_inert(
     inert_site: str | None,
     bundles: TinyBundles,

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from alter_core import AlterConfig, EvidenceHead
 from alter_core.errors import EngineError
-from alter_core.evidence import windowed_max
+from alter_core.evidence import NO_EVIDENCE, windowed_max
+from alter_core.router import expert_weights
 from server.engine import evidence_tables, native
 from server.engine.evidence_bank import EvidenceBank, StepTokens
 from server.engine.evidence_tables import TableEvidenceBank
@@ -165,26 +167,81 @@ def test_full_tables_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+TOLERANCE = 2**-8
+
+
+def _bank(kind: str, config: AlterConfig) -> EvidenceBank:
+    if kind == "tables":
+        return _tables(config)
+    return EvidenceBank(config, EMBEDDING.__getitem__, torch.device("cpu"))
+
+
+def _head_below(highest: float, seed: int, config: AlterConfig, text: Tensor) -> EvidenceHead:
+    """A head whose best token of the text has this score."""
+    head = _head(seed, config)
+    head.fc2.bias.data += highest - head(EMBEDDING[text]).max()
+    return head
+
+
 @pytest.mark.parametrize("kind", ["tables", "torch"])
-def test_fires_on_any_token_of_any_head(kind: str) -> None:
+def test_an_expert_touches_a_text_with_its_first_evidence(kind: str) -> None:
     config = _config()
-    bank = (
-        _tables(config)
-        if kind == "tables"
-        else EvidenceBank(config, EMBEDDING.__getitem__, torch.device("cpu"))
-    )
+    bank = _bank(kind, config)
     text: NDArray[np.int32] = _Requests(1).ids[0]
-    assert not bank.fires(text), "nothing is active"
-    shy, bold = _head(1, config), _head(2, config)
-    shy.fc2.bias.data -= 1 + shy(EMBEDDING[text]).max()
+    shy = _head_below(-1.0, 1, config, torch.from_numpy(text))
+    bold = _head(2, config)
     best = bold(EMBEDDING[text]).topk(2)
     bold.fc2.bias.data -= best.values.mean()  # one token alone is left above zero
     bank.set_head(1, shy)
-    assert not bank.fires(text)
     bank.set_head(2, bold)
-    assert bank.fires(text)
-    assert bank.fires(text[: best.indices[0] + 1])
-    assert not bank.fires(text[: best.indices[0]])
+    assert bank.touches(2, text, tolerance=TOLERANCE)
+    assert bank.touches(2, text[: best.indices[0] + 1], tolerance=TOLERANCE)
+    assert not bank.touches(2, text[: best.indices[0]], tolerance=TOLERANCE)
+    assert not bank.touches(1, text[: best.indices[0]], tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["tables", "torch"])
+@pytest.mark.parametrize("best_other", [-0.5, 0.5, 3.0])
+def test_an_expert_that_does_not_touch_a_text_changes_no_weight(
+    kind: str, best_other: float
+) -> None:
+    """Its own evidence goes from far below to just above what counts."""
+    config = _config()
+    text: NDArray[np.int32] = _Requests(1).ids[0]
+    ids = torch.from_numpy(text)
+    answers, changes = [], []
+    for highest in np.arange(-8.0, 0.5, 0.25):
+        bank = _bank(kind, config)
+        heads = [_head_below(h, seed, config, ids) for seed, h in enumerate((best_other, -2.0))]
+        heads.insert(1, _head_below(float(highest), 7, config, ids))
+        for expert, head in enumerate(heads):
+            bank.set_head(1 + expert, head)
+        answers.append(bank.touches(2, text, tolerance=TOLERANCE))
+        logits = windowed_max(bank._text_scores(text), config.evidence_window)
+        changes.append(_largest_change(logits, 1, config))
+    assert answers == sorted(answers), "more evidence touches more"
+    assert not answers[0]
+    assert answers[-1]
+    for is_touched, change in zip(answers, changes, strict=True):
+        assert is_touched or change <= TOLERANCE
+    assert max(changes) > 10 * TOLERANCE
+
+
+def _largest_change(logits: Tensor, column: int, config: AlterConfig) -> float:
+    """Of any weight on either path of Eq. 9, with and without one domain."""
+    without = logits.clone()
+    without[:, column] = NO_EVIDENCE
+    return max(
+        float(
+            (expert_weights(logits, path, config) - expert_weights(without, path, config))
+            .abs()
+            .max()
+        )
+        for path in (
+            torch.zeros(len(logits), dtype=torch.bool),
+            torch.ones(len(logits), dtype=torch.bool),
+        )
+    )
 
 
 def test_a_head_beyond_half_precision_is_refused() -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from alter_core import ForgetExpert, Substrate
 from alter_core.errors import SwitchError
 from server.engine.base import SwitchReport
 from tests.support.engine_run import EngineRun
+from tests.support.tiny import PROVENANCE
 
 from .conftest import BLOCK_TOKENS
 from .reference import VOCAB_SIZE, random_prompts
@@ -258,6 +260,25 @@ def test_touched_streams_are_recomputed_beside_kept_ones_that_share_their_first_
         assert AT <= first_new < TOTAL - 20
         assert tokens[:AT] == base[index][:AT]
     assert spanned.report.recomputed_tokens >= len(prompts[1]) + len(prompts[3]) + 2 * (AT - 1)
+
+
+def test_streams_of_another_domain_are_kept(
+    engine: EngineRun, kinds: Kinds, tmp_path: Path
+) -> None:
+    _, touched = kinds
+    substrate = Substrate.read(engine.bundles.substrate)
+    distant = ForgetExpert.read(engine.bundles.experts["domain-1"], substrate)
+    distant.evidence.fc2.bias.data -= 1000
+    distant = distant.write(tmp_path / "distant", substrate, training=PROVENANCE)
+    engine.activate(0, "domain-0")
+    before = engine.generate(touched, TOTAL)
+    spanned = _span(
+        engine, touched, slot=1, bundle=tmp_path / "distant", digest=str(distant.digest)
+    )
+    assert isinstance(spanned.report, SwitchReport)
+    assert spanned.report.kept_requests == len(touched)
+    assert all(set(computed.values()) == {1} for computed in spanned.computed)
+    assert spanned.tokens == before == engine.generate(touched, TOTAL)
 
 
 def test_request_after_a_switch_finds_no_block_from_before(engine: EngineRun, kinds: Kinds) -> None:
