@@ -37,7 +37,7 @@ USER 10001:10001
 VOLUME ["/bundles", "/state"]
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=3 \
-    CMD ["python", "-c", "import httpx; httpx.get('http://127.0.0.1:8000/health').raise_for_status()"]
+    CMD ["python", "-c", "import httpx; httpx.get('http://127.0.0.1:8000/health/ready').raise_for_status()"]
 ENTRYPOINT ["alter", "serve"]
 CMD ["--help"]
 
@@ -75,6 +75,6 @@ USER 10001:10001
 VOLUME ["/bundles", "/state"]
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=3 \
-    CMD ["python", "-c", "import httpx; httpx.get('http://127.0.0.1:8000/health').raise_for_status()"]
+    CMD ["python", "-c", "import httpx; httpx.get('http://127.0.0.1:8000/health/ready').raise_for_status()"]
 ENTRYPOINT ["alter", "serve"]
 CMD ["--help"]

@@ -63,6 +63,12 @@ def _domains() -> None:
     app.add_typer(domains_app, name="domains")
 
 
+def _fleet() -> None:
+    from server.cli import fleet_command
+
+    app.command("fleet")(fleet_command)
+
+
 def _audit() -> None:
     from server.cli import audit_app
 
@@ -82,6 +88,7 @@ _LOADERS: dict[str, Callable[[], None]] = {
     "serve": _serve,
     "bundle": _bundle,
     "domains": _domains,
+    "fleet": _fleet,
     "audit": _audit,
     "token": _token,
 }

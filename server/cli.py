@@ -1,4 +1,4 @@
-"""`alter serve | domains | audit | token`. Results on stdout, everything else on stderr."""
+"""`alter serve | domains | fleet | audit | token`. Results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from alter_core.errors import AlterError, ConfigError, UnsupportedEngineError
-from server.api.models import Activated, ForgetDomain, Switch
+from server.api.models import ForgetDomain, Operation
 from server.audit import AuditLog, Head, read_export, verify_chain
 from server.client import DEFAULT_URL, AdminClient
 from server.engine.base import InFlight
+from server.registry.registry import DEFAULT_LEASE_S
 from server.settings import (
     DEFAULT_MAX_DOMAINS,
     ServeSettings,
@@ -53,6 +54,12 @@ TokenFile = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
+NoWait = Annotated[
+    bool,
+    typer.Option(
+        "--no-wait", help="Return once the change is recorded, before it holds on every server."
+    ),
+]
 Name = Annotated[str, typer.Argument(help="Name of the forget domain.")]
 Reason = Annotated[
     str | None,
@@ -91,7 +98,8 @@ def serve_command(
         typer.Option(
             "--alter-domain",
             metavar="NAME=DIR",
-            help="A domain to forget from the start; may be repeated. Environment: ALTER_DOMAINS.",
+            help="A domain to forget from the start: recorded in the registry unless it is active with this "
+            "bundle; may be repeated. Environment: ALTER_DOMAINS.",
         ),
     ] = None,
     max_domains: Annotated[
@@ -113,6 +121,41 @@ def serve_command(
     ] = None,
     tokens_file: TokensPath = None,
     audit_log: AuditLogPath = None,
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            "--alter-registry",
+            metavar="URL",
+            help="Database that says what is to be active: postgresql://USER@HOST/DB for several servers, "
+            "sqlite:////PATH for those of one machine. Environment: ALTER_REGISTRY. Default: SQLite beside "
+            "the audit log, one per substrate.",
+        ),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--alter-store",
+            metavar="URL",
+            help="Where bundles are kept, for all servers of the registry: a folder, or a URL such as "
+            "s3://BUCKET/PREFIX. Environment: ALTER_STORE. Default: `bundles` beside the audit log.",
+        ),
+    ] = None,
+    require_if_match: Annotated[
+        bool,
+        typer.Option(
+            "--alter-require-if-match",
+            help="Refuse changes that name no epoch (428): for several operators. Environment: "
+            "ALTER_REQUIRE_IF_MATCH.",
+        ),
+    ] = False,
+    lease_s: Annotated[
+        float | None,
+        typer.Option(
+            "--alter-lease-s",
+            help=f"Seconds, by default {DEFAULT_LEASE_S:.0f}, that this server may generate without word of "
+            "the registry; so long a change waits for a server that is gone. Environment: ALTER_LEASE_S.",
+        ),
+    ] = None,
 ) -> None:
     """Serve MODEL with forget domains; every flag of `vllm serve` may follow."""
     with _reported():
@@ -123,6 +166,10 @@ def serve_command(
             admin_token_file=admin_token_file,
             tokens_file=tokens_file,
             audit_log=audit_log,
+            registry=registry,
+            store=store,
+            require_if_match=require_if_match,
+            lease_s=lease_s,
         )
         from server.launch import serve
 
@@ -164,6 +211,7 @@ def activate_command(
         int | None, typer.Option("--if-epoch", help="Only if nothing has changed since this epoch.")
     ] = None,
     reason: Reason = None,
+    no_wait: NoWait = False,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: AsJson = False,
@@ -172,12 +220,14 @@ def activate_command(
     location = bundle if ":" in bundle else str(Path(bundle).expanduser().absolute())
     with _client(url, token_file) as client:
         answer = client.activate(
-            name, location, in_flight=in_flight, if_epoch=if_epoch, reason=reason
+            name,
+            location,
+            in_flight=in_flight,
+            if_epoch=if_epoch,
+            reason=reason,
+            is_awaited=not no_wait,
         )
-    if as_json:
-        _print_json(answer)
-    else:
-        _print_domain(answer)
+    _print_operation(answer, as_json)
 
 
 @domains_app.command("revoke")
@@ -187,17 +237,15 @@ def revoke_command(
         int | None, typer.Option("--if-epoch", help="Only if nothing has changed since this epoch.")
     ] = None,
     reason: Reason = None,
+    no_wait: NoWait = False,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
     """End a domain; the base model's answers come back."""
     with _client(url, token_file) as client:
-        answer = client.revoke(name, if_epoch=if_epoch, reason=reason)
-    if as_json:
-        _print_json(answer)
-    else:
-        typer.echo(f"{name} revoked; epoch {answer.switch.epoch}, {_described(answer.switch)}")
+        answer = client.revoke(name, if_epoch=if_epoch, reason=reason, is_awaited=not no_wait)
+    _print_operation(answer, as_json)
 
 
 @domains_app.command("show")
@@ -211,6 +259,31 @@ def show_command(
         _print_json(answer)
     else:
         _print_domain(answer)
+
+
+def fleet_command(
+    url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: AsJson = False
+) -> None:
+    """Show all servers of the registry: who applies what, who lags and why."""
+    with _client(url, token_file) as client:
+        answer = client.fleet()
+    if as_json:
+        _print_json(answer)
+        return
+    table = Table(title=f"epoch {answer.head}, active up to {answer.active_epoch}")
+    for heading in ("replica", "state", "epoch", "lag", "lease", "silent", "reason"):
+        table.add_column(heading, overflow="fold")
+    for replica in answer.replicas:
+        table.add_row(
+            replica.replica_id + (" (this one)" if replica.is_self else ""),
+            replica.state,
+            str(replica.applied_epoch),
+            str(replica.lag),
+            f"{replica.lease_left_s:.1f} s",
+            f"{replica.silence_s:.1f} s",
+            replica.reason or "",
+        )
+    Console().print(table)
 
 
 @audit_app.command("verify")
@@ -357,11 +430,19 @@ def _print_json(answer: BaseModel) -> None:
     typer.echo(answer.model_dump_json(indent=2))
 
 
-def _described(switch: Switch) -> str:
-    return (
-        f"pause {switch.pause_s * 1000:.0f} ms, {switch.recomputed_requests} requests recomputed "
-        f"({switch.recomputed_tokens} tokens), {switch.kept_requests} kept"
-    )
+def _print_operation(operation: Operation, as_json: bool) -> None:
+    if as_json:
+        _print_json(operation)
+        return
+    text = f"{operation.name}: {operation.outcome}, {operation.state}; epoch {operation.epoch}"
+    if (switch := operation.switch) is not None:
+        text += (
+            f", pause {switch.pause_s * 1000:.0f} ms, {switch.recomputed_requests} requests recomputed "
+            f"({switch.recomputed_tokens} tokens), {switch.kept_requests} kept"
+        )
+    typer.echo(text)
+    if operation.state != "active":
+        typer.echo(f"operation {operation.id}; see `alter fleet`", err=True)
 
 
 def _print_domain(domain: ForgetDomain) -> None:
@@ -374,13 +455,8 @@ def _print_domain(domain: ForgetDomain) -> None:
         "slot": domain.slot,
         "epoch": domain.epoch,
         "since": domain.since.isoformat(timespec="seconds"),
-        "bundle": domain.bundle,
         "tokens": f"{domain.routed_tokens.high} high, {domain.routed_tokens.low} low",
     }
-    if isinstance(domain, Activated):
-        rows["outcome"] = domain.outcome
-        if domain.switch is not None:
-            rows["switch"] = _described(domain.switch)
     for label, value in rows.items():
         table.add_row(label, str(value))
     Console().print(table)

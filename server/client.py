@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import TypeVar
 from urllib.parse import quote
@@ -9,24 +10,27 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from alter_core.errors import AlterError, ConfigError, problem_kind
+from alter_core.errors import AlterError, ConfigError, SwitchError, problem_kind
 from server.api.models import (
     REASON,
-    Activated,
+    Fleet,
     ForgetDomain,
     ForgetDomainList,
+    Operation,
     Problem,
-    Revoked,
     Status,
 )
+from server.api.preferences import MAX_WAIT_S
 from server.api.problems import MEDIA_TYPE, TYPE_PREFIX
 from server.audit import check_reason
-from server.domains import check_domain_name
+from server.domain_rules import check_domain_name
 from server.engine.base import InFlight
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 300.0
 """Reading, verifying and switching a large expert takes a while."""
+_WAIT_S = MAX_WAIT_S // 2
+"""Asked of the server at once; proxies cut what is silent for longer."""
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -48,6 +52,7 @@ class AdminClient:
     ) -> None:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._url = url
+        self._timeout_s = timeout_s
         self._http = httpx.Client(
             base_url=url.rstrip("/") + "/admin",
             headers=headers,
@@ -82,6 +87,16 @@ class AdminClient:
         """The server as a whole."""
         return self._ask("GET", "/status", Status)
 
+    def fleet(self) -> Fleet:
+        """All servers of the registry."""
+        return self._ask("GET", "/fleet", Fleet)
+
+    def operation(self, operation_id: str, *, wait_s: int = 0) -> Operation:
+        """How far a change has come; waits up to `wait_s` for it to be active or failed."""
+        headers = {"Prefer": f"wait={wait_s}"} if wait_s else {}
+        path = f"/operations/{quote(operation_id, safe='')}"
+        return self._ask("GET", path, Operation, headers=headers)
+
     def activate(
         self,
         name: str,
@@ -92,11 +107,14 @@ class AdminClient:
         is_new: bool = False,
         idempotency_key: str | None = None,
         reason: str | None = None,
-    ) -> Activated:
-        """Activates the bundle at a path on the server's machine.
+        is_awaited: bool = True,
+    ) -> Operation:
+        """Activates the bundle at a path on the server's machine, and waits until it holds everywhere.
 
         `if_epoch`: only if nothing has changed since. `is_new`: only if the name is not active.
-        `reason`: a case number for the audit log.
+        `reason`: a case number for the audit log. `is_awaited` False: returns as soon as it is recorded.
+
+        Raises: SwitchError if no server can apply it; the change stays recorded.
         """
         headers = _conditions(if_epoch, idempotency_key)
         if is_new:
@@ -104,7 +122,7 @@ class AdminClient:
         body = {"name": name, "bundle": bundle, "in_flight": in_flight}
         if reason is not None:
             body["reason"] = check_reason(reason)
-        return self._ask("POST", "/forget-domains", Activated, headers=headers, body=body)
+        return self._change("POST", "/forget-domains", headers, body, is_awaited)
 
     def revoke(
         self,
@@ -113,12 +131,43 @@ class AdminClient:
         if_epoch: int | None = None,
         idempotency_key: str | None = None,
         reason: str | None = None,
-    ) -> Revoked:
-        """Ends a domain. `reason`: a case number for the audit log."""
+        is_awaited: bool = True,
+    ) -> Operation:
+        """Ends a domain; see `activate`."""
         headers = _conditions(if_epoch, idempotency_key)
         if reason is not None:
             headers[REASON] = quote(check_reason(reason))
-        return self._ask("DELETE", _path(name), Revoked, headers=headers)
+        return self._change("DELETE", _path(name), headers, None, is_awaited)
+
+    def _change(
+        self,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        body: dict[str, str] | None,
+        is_awaited: bool,
+    ) -> Operation:
+        if is_awaited:
+            headers["Prefer"] = f"wait={_WAIT_S}"
+        deadline = time.monotonic() + self._timeout_s
+        operation = self._ask(method, path, Operation, headers=headers, body=body)
+        while is_awaited and operation.state in ("pending", "applying"):
+            if time.monotonic() > deadline:
+                raise SwitchError(
+                    f"The change is recorded as epoch {operation.epoch}, but does not hold everywhere yet",
+                    expected=f"all servers within {self._timeout_s:.0f} s",
+                    got=", ".join(laggard.replica_id for laggard in operation.lagging),
+                    fix=f"See `alter fleet`; ask again for the operation {operation.id}.",
+                )
+            operation = self.operation(operation.id, wait_s=_WAIT_S)
+        if operation.state == "failed":
+            raise SwitchError(
+                f"The change is recorded as epoch {operation.epoch}, and no server could apply it",
+                expected="a server that applies it",
+                got=operation.error,
+                fix="It is tried again. See `alter fleet` and the server's log, or revoke the domain.",
+            )
+        return operation
 
     def _ask(
         self,

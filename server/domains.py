@@ -1,61 +1,51 @@
-"""Which forget domains are active, and the one place that changes it.
+"""Which forget domains this server applies, and the one place that switches its engine.
 
-A change is one switch of the engine. Changes run one after another, each in a task of its own: a
-client that goes away in the middle leaves a finished change behind, never half of one. After each
-switch the workers are asked what they apply; if that is not what was asked for, the service loses
-trust in its engine for good and nothing may be generated any more.
+What is to be applied is the registry's to say; the reconciler hands it over, change by change. Each change is
+one switch. After each switch the workers are asked what they apply; if that is not what was asked for, the
+service loses trust in its engine for good and nothing may be generated any more.
 
-A change is in the audit log before the engine is asked for it, and what became of it afterwards; a
-change that cannot be recorded is refused.
-
-The registry lives in memory. It holds names, digests and figures, and no text to be forgotten.
+What was applied, or could not be, is in the audit log. The service holds names, digests and figures, and no
+text to be forgotten.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from datetime import UTC, datetime
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from alter_core.bundle import DOMAIN_NAME_PATTERN
 from alter_core.errors import (
     AlterError,
     AuditError,
-    BundleError,
-    BundleNotFoundError,
-    DomainConflictError,
-    DomainNameError,
     DomainNotFoundError,
     EngineError,
     NoFreeSlotError,
     SwitchError,
     problem_kind,
 )
-from alter_core.substrate import ForgetExpert, Substrate
+from alter_core.substrate import Substrate
 from server import audit
 from server.audit import AuditEntry, AuditLog, Cause
+from server.bundle_figures import read_figures
 from server.engine.base import CanaryReport, EngineState, ForgetEngine, InFlight, SwitchReport
 from server.metrics import RETAIN, AlterMetrics, RoutedTokenLedger, TokenCount
+from server.registry import Change, DesiredState
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-Outcome = Literal["created", "replaced", "unchanged"]
-
-Precondition = Callable[[int, bool], None]
-"""Called with the epoch and whether the name is active, right before a change. Raises to refuse; the
-error's `kind`, if it has one, goes into the audit log."""
-
 COLLECT_TIMEOUT_S = 0.5
+MAX_REPORTS = 256
+"""Switches whose reports are kept."""
+
+BundleOf = Callable[[str], Awaitable[Path]]
+"""The folder of a bundle, by its digest, verified."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,31 +59,9 @@ class ActiveDomain:
     epoch: int
     """The epoch that began with it."""
     since: datetime
-    bundle: Path
-    """Where the bundle was read from."""
+    """When the change was recorded."""
     evaluation: dict[str, Any] | None
     """The figures of the bundle's evaluation; numbers only."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Activation:
-    """What an activation did."""
-
-    domain: ActiveDomain
-    outcome: Outcome
-    epoch: int
-    """The epoch now; higher than the domain's if it was active already."""
-    report: SwitchReport | None
-    """None if nothing had to change."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Revocation:
-    """What a revocation did."""
-
-    domain: ActiveDomain
-    """As it was."""
-    report: SwitchReport
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,48 +69,35 @@ class ServiceStatus:
     """The service as a whole."""
 
     epoch: int
-    is_ready: bool
+    is_started: bool
     is_trusted: bool
     distrust: str | None
     """Why the engine is not trusted."""
     substrate_digest: str | None
     max_domains: int
     num_active: int
-    num_pending: int
-    """Changes that run or wait."""
     canary: CanaryReport | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Change:
-    """One switch to be made; without an expert the slot is emptied."""
+class _Switch:
+    """One switch to be made; without a domain the slot is emptied."""
 
-    name: str
     slot: int
-    in_flight: InFlight
-    bundle: Path | None = None
-    expert: ForgetExpert | None = None
-
-    @property
-    def digest(self) -> str | None:
-        return None if self.expert is None else self.expert.digest
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Attempt:
-    """What the audit log will say of one attempt; the rest of it becomes known on the way."""
-
-    action: audit.Action
+    epoch: int
+    """The one that is being gone to."""
+    engine_epoch: int
+    """The same if one switch is all of it. The engine undoes a switch by its epoch: no two have one."""
     cause: Cause
-    domain: str | None = None
-    epoch_before: int
-    digest: str | None = None
-    has_begun: bool = False
-    """The engine was asked."""
+    name: str | None
+    """Of the domain that comes, or of the one that goes."""
+    in_flight: InFlight
+    domain: ActiveDomain | None = None
+    bundle: Path | None = None
 
 
 class DomainService:
-    """Activates and revokes forget domains on a running engine."""
+    """Applies changes to a running engine. One caller at a time: the reconciler."""
 
     def __init__(
         self,
@@ -160,22 +115,33 @@ class DomainService:
         self._audit_log = audit_log
         self._metrics = metrics or AlterMetrics(CollectorRegistry())
         self._ledger = RoutedTokenLedger(self._metrics)
-        self._domains: Mapping[str, ActiveDomain] = {}
+        self._domains: Mapping[int, ActiveDomain] = {}
         self._epoch = 0
+        self._engine_epoch = 0
+        self._is_whole = True
         self._canary: CanaryReport | None = None
-        self._is_ready = False
         self._is_switching = False
         self._distrust: str | None = None
-        self._lock = asyncio.Lock()
-        self._changes: set[asyncio.Task[Any]] = set()
+        self._recorded_failure: tuple[int, str] | None = None
+        self._reports: OrderedDict[int, SwitchReport] = OrderedDict()
         self._collection: asyncio.Task[None] | None = None
         self.on_distrust: list[Callable[[], None]] = []
         """Called once, when trust in the engine is lost."""
 
     @property
     def epoch(self) -> int:
-        """Starts at 0 and rises by 1 with every change."""
+        """The epoch that is applied; 0 before the first change."""
         return self._epoch
+
+    @property
+    def is_whole(self) -> bool:
+        """True while the engine applies all of the epoch and nothing else; False amid `restore`."""
+        return self._is_whole
+
+    @property
+    def is_started(self) -> bool:
+        """True once the canary has passed."""
+        return self._canary is not None
 
     @property
     def is_trusted(self) -> bool:
@@ -183,120 +149,113 @@ class DomainService:
         return self._distrust is None and self._engine.is_trusted
 
     @property
-    def is_serving(self) -> bool:
-        """True while generation is allowed: started, and trusted."""
-        return self._is_ready and self.is_trusted
+    def is_sound(self) -> bool:
+        """True while generation is allowed as far as the engine is concerned."""
+        return self.is_started and self.is_trusted
 
     def check_trust(self) -> None:
         """Loses trust if the engine has lost its own; during a switch it may still come back."""
         if not self._is_switching and not self._engine.is_trusted:
             self._lose_trust("the engine could not prove what it applies")
 
-    async def start(self, domains: Mapping[str, Path]) -> None:
-        """Proves the engine with its canary, then activates `domains`. Nothing is generated before.
+    async def start(self) -> None:
+        """Proves the engine with its canary. Nothing is generated before, and no domain is active.
 
-        Raises: CanaryError, BundleError, DomainError, EngineError, AuditError; the server must not
-        start.
+        Raises: CanaryError, EngineError, AuditError; the server must not start.
         """
         cause = Cause()
-        started = _Attempt(
-            action="start",
-            cause=cause,
-            epoch_before=self._epoch,
-            digest=self._substrate.digest,
-        )
-        await self._record(started, "begun")
+        await self._record_start(cause, "begun")
         try:
-            self._canary = await self._engine.run_canary()
+            canary = await self._engine.run_canary()
             await self._verify()
-            for name, bundle in domains.items():
-                await self.activate(name, bundle, cause=cause)
-        except AuditError:
-            raise
         except Exception as error:
-            await self._record(started, "failed", error)
+            await self._record_start(cause, "failed", error)
             raise
-        await self._record(started, "done")
-        self._is_ready = True
+        await self._record_start(cause, "done")
+        self._canary = canary
 
-    async def activate(
-        self,
-        name: str,
-        bundle: Path,
-        in_flight: InFlight = "recompute",
-        *,
-        precondition: Precondition | None = None,
-        cause: Cause | None = None,
-    ) -> Activation:
-        """Makes the expert at `bundle` the one of domain `name`.
+    async def apply(self, change: Change, bundle: Path | None) -> SwitchReport:
+        """Makes the change that follows the applied epoch, as one linearizable switch. `bundle` is the
+        verified folder of an activation.
 
-        The bundle is read and verified before the engine is asked for anything. The digest that is
-        active already changes nothing; another one replaces it in its slot, as one switch.
-
-        Raises: DomainNameError, BundleError, DomainConflictError, NoFreeSlotError, SwitchError or
-        what `precondition` raises, and nothing has changed; EngineError, and generation is refused;
-        AuditError, and nothing has changed unless it says so.
+        Raises: BundleError, NoFreeSlotError (the slot is beyond this server's) or SwitchError, and nothing
+        has changed; EngineError, and the engine is not trusted any more.
         """
-        attempt = self._attempt("activate", name, cause)
+        assert change.epoch == self._epoch + 1, "changes are applied in their order"
+        report = await self._switch(
+            await self._planned(change, bundle, epoch=change.epoch, engine_epoch=change.epoch)
+        )
+        self._reports[change.epoch] = report
+        if len(self._reports) > MAX_REPORTS:
+            self._reports.popitem(last=False)
+        return report
 
-        async def change() -> Activation:
-            check_domain_name(name)
-            expert = await asyncio.to_thread(_read_expert, bundle, self._substrate)
-            attempt.digest = expert.digest
-            async with self._turn(attempt):
-                return await self._activate(attempt, name, bundle, expert, in_flight, precondition)
+    async def restore(self, desired: DesiredState, bundle_of: BundleOf) -> None:
+        """Brings the engine to a state of the log, from whatever it applies. Nothing may be generated
+        meanwhile: in between it applies neither the old epoch nor the new one.
 
-        return await self._run(attempt, change)
-
-    async def revoke(
-        self,
-        name: str,
-        in_flight: InFlight = "recompute",
-        *,
-        precondition: Precondition | None = None,
-        cause: Cause | None = None,
-    ) -> Revocation:
-        """Ends domain `name`; the base model's answers come back.
-
-        Raises: DomainNotFoundError, SwitchError or what `precondition` raises, and nothing has
-        changed; EngineError, and generation is refused; AuditError, and nothing has changed unless it
-        says so.
+        Raises: as `apply`, and what `bundle_of` raises; what was done stays, and `is_whole` is False.
         """
-        attempt = self._attempt("revoke", name, cause)
-
-        async def change() -> Revocation:
-            async with self._turn(attempt):
-                return await self._revoke(attempt, name, in_flight, precondition)
-
-        return await self._run(attempt, change)
+        wanted = {change.slot: change for change in desired.domains}
+        for slot in sorted(self._domains.keys() | wanted.keys()):
+            change, active = wanted.get(slot), self._domains.get(slot)
+            if change is not None:
+                assert change.bundle_digest is not None
+                if active is not None and (active.name, active.digest) == (
+                    change.domain,
+                    change.bundle_digest,
+                ):
+                    continue
+                bundle = await bundle_of(change.bundle_digest)
+                switch = await self._planned(
+                    change, bundle, epoch=desired.epoch, engine_epoch=self._engine_epoch + 1
+                )
+            else:
+                assert active is not None
+                switch = _Switch(
+                    slot=slot,
+                    epoch=desired.epoch,
+                    engine_epoch=self._engine_epoch + 1,
+                    cause=Cause(),
+                    name=active.name,
+                    in_flight="recompute",
+                )
+            self._is_whole = False
+            await self._switch(switch)
+        self._epoch, self._is_whole = desired.epoch, True
+        self._metrics.set_state(epoch=self._epoch, num_domains=len(self._domains))
 
     def list(self) -> tuple[ActiveDomain, ...]:
         """The active domains, by name."""
-        return tuple(self._domains[name] for name in sorted(self._domains))
+        return tuple(sorted(self._domains.values(), key=lambda domain: domain.name))
 
     def show(self, name: str) -> ActiveDomain:
         """Raises: DomainNotFoundError."""
-        try:
-            return self._domains[name]
-        except KeyError:
-            raise DomainNotFoundError(
-                f"No active domain is named {name!r}",
-                expected=f"one of: {', '.join(sorted(self._domains)) or '(none is active)'}",
-                got=repr(name),
-                fix="List the active ones with `alter domains list`.",
-            ) from None
+        active = self.list()
+        for domain in active:
+            if domain.name == name:
+                return domain
+        raise DomainNotFoundError(
+            f"No active domain is named {name!r}",
+            expected=f"one of: {', '.join(d.name for d in active) or '(none is active)'}",
+            got=repr(name),
+            fix="List the active ones with `alter domains list`.",
+        )
+
+    def report(self, epoch: int) -> SwitchReport | None:
+        """How this server switched to an epoch while it generated, if that was not long ago."""
+        return self._reports.get(epoch)
 
     def status(self) -> ServiceStatus:
         """The service as a whole, without asking the engine."""
         return ServiceStatus(
             epoch=self._epoch,
-            is_ready=self._is_ready,
+            is_started=self.is_started,
             is_trusted=self.is_trusted,
             distrust=self._distrust_reason(),
             substrate_digest=self._substrate.digest,
             max_domains=self._max_domains,
             num_active=len(self._domains),
-            num_pending=len(self._changes),
             canary=self._canary,
         )
 
@@ -307,151 +266,84 @@ class DomainService:
     async def collect_routed_tokens(self, timeout_s: float = COLLECT_TIMEOUT_S) -> None:
         """Brings the counters up to date if the engine answers in time. Never raises.
 
-        Does nothing during a change: who owned which slot would be unclear.
+        Does nothing during a switch: who owned which slot would be unclear.
         """
-        if not self._lock.locked():
+        if not self._is_switching:
             await self._collect(timeout_s)
 
-    def _attempt(self, action: audit.Action, name: str, cause: Cause | None) -> _Attempt:
-        return _Attempt(
-            action=action,
-            cause=cause or Cause(),
-            # Anything may come as a name; only what can be one is recorded.
-            domain=name if is_domain_name(name) else None,
-            epoch_before=self._epoch,
+    async def _planned(
+        self, change: Change, bundle: Path | None, *, epoch: int, engine_epoch: int
+    ) -> _Switch:
+        """Raises: NoFreeSlotError, BundleTamperedError."""
+        if change.slot >= self._max_domains:
+            raise NoFreeSlotError(
+                f"The registry gives {change.domain!r} a slot that this server does not have",
+                expected=f"slot 0 to {self._max_domains - 1}",
+                got=str(change.slot),
+                fix="Restart this server with the --alter-max-domains of the others.",
+            )
+        domain = None
+        if change.action == "activate":
+            assert bundle is not None
+            assert change.bundle_digest is not None
+            domain = ActiveDomain(
+                name=change.domain,
+                digest=change.bundle_digest,
+                slot=change.slot,
+                epoch=change.epoch,
+                since=change.requested_at,
+                evaluation=await asyncio.to_thread(read_figures, bundle, change.bundle_digest),
+            )
+        return _Switch(
+            slot=change.slot,
+            epoch=epoch,
+            engine_epoch=engine_epoch,
+            cause=Cause(
+                actor=change.actor,
+                request_id=change.request_id or change.operation_id,
+                reason=change.reason,
+            ),
+            name=change.domain,
+            in_flight=change.in_flight,
+            domain=domain,
+            bundle=bundle,
         )
 
-    async def _run(self, attempt: _Attempt, change: Callable[[], Awaitable[T]]) -> T:
-        """Runs a change to its end, even if the caller is cancelled. A failure is recorded."""
-
-        async def run() -> T:
-            try:
-                return await change()
-            except AuditError:
-                raise
-            except Exception as error:
-                await self._record_failure(attempt, error)
-                raise
-
-        task = asyncio.create_task(run())
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
-        return await asyncio.shield(task)
-
-    @contextlib.asynccontextmanager
-    async def _turn(self, attempt: _Attempt) -> AsyncIterator[None]:
-        """Alone, after those that came before. Raises: EngineError if the engine is not trusted."""
-        async with self._lock:
-            attempt.epoch_before = self._epoch
-            self._require_trust()
-            yield
-
-    async def _activate(
-        self,
-        attempt: _Attempt,
-        name: str,
-        bundle: Path,
-        expert: ForgetExpert,
-        in_flight: InFlight,
-        precondition: Precondition | None,
-    ) -> Activation:
-        current = self._domains.get(name)
-        if current is None or current.digest != expert.digest:
-            names = {str(domain.digest): domain.name for domain in self._domains.values()}
-            check_other_names(str(expert.digest), names)
-        if current is None:
-            slot = free_slot({d.slot for d in self._domains.values()}, self._max_domains)
-        else:
-            slot = current.slot
-        if precondition is not None:
-            precondition(self._epoch, current is not None)
-        if current is not None and current.digest == expert.digest:
-            await self._record(attempt, "unchanged")
-            return Activation(domain=current, outcome="unchanged", epoch=self._epoch, report=None)
-        change = _Change(name=name, slot=slot, in_flight=in_flight, bundle=bundle, expert=expert)
-        outcome: Outcome = "created" if current is None else "replaced"
-        report = await self._switch(change, attempt, outcome)
-        return Activation(
-            domain=self._domains[name], outcome=outcome, epoch=self._epoch, report=report
-        )
-
-    async def _revoke(
-        self,
-        attempt: _Attempt,
-        name: str,
-        in_flight: InFlight,
-        precondition: Precondition | None,
-    ) -> Revocation:
-        domain = self.show(name)
-        attempt.digest = domain.digest
-        if precondition is not None:
-            precondition(self._epoch, True)
-        change = _Change(name=name, slot=domain.slot, in_flight=in_flight)
-        return Revocation(domain=domain, report=await self._switch(change, attempt, "revoked"))
-
-    async def _record(
-        self, attempt: _Attempt, outcome: audit.Outcome, error: Exception | None = None
-    ) -> None:
-        """Returns once it is durable. Raises: AuditError."""
-        if self._audit_log is None:
-            return
-        epoch_after: int | None = self._epoch
-        if outcome == "refused":
-            epoch_after = attempt.epoch_before
-        elif outcome == "begun" or not self.is_trusted:
-            epoch_after = None
-        entry = AuditEntry(
-            actor=attempt.cause.actor,
-            request_id=attempt.cause.request_id,
-            action=attempt.action,
-            domain=attempt.domain,
-            epoch_before=attempt.epoch_before,
-            epoch_after=epoch_after,
-            digest=attempt.digest,
-            reason=attempt.cause.reason,
-            outcome=outcome,
-            error=None if error is None else _error_kind(error),
-        )
+    async def _switch(self, switch: _Switch) -> SwitchReport:
+        epoch_before = self._epoch
         try:
-            await asyncio.to_thread(self._audit_log.append, entry, is_owed=attempt.has_begun)
-        except AuditError as failure:
-            logger.error("An audit record was not written: %s", failure)
-            if not attempt.has_begun:
-                raise
-            raise AuditError(
-                f"The change came to an end ({outcome}, epoch {epoch_after}), but that is not recorded yet",
-                expected="an audit log that can be written",
-                got=failure.got,
-                fix="Mend the audit log: until then no domain can be changed. The record is written "
-                "before the next one.",
-            ) from failure
+            report = await self._run_switch(switch)
+        except Exception as error:
+            failure = (switch.epoch, error_kind(error))
+            if failure != self._recorded_failure:  # it is tried again and again
+                await self._record_apply(switch, epoch_before, "failed", failure[1])
+                self._recorded_failure = failure
+            raise
+        await self._record_apply(switch, epoch_before, "done", None)
+        return report
 
-    async def _record_failure(self, attempt: _Attempt, error: Exception) -> None:
-        await self._record(attempt, "failed" if attempt.has_begun else "refused", error)
-
-    async def _switch(
-        self, change: _Change, attempt: _Attempt, outcome: audit.Outcome
-    ) -> SwitchReport:
-        """Records `outcome` if it succeeds."""
-        await self._record(attempt, "begun")
-        attempt.has_begun = True
+    async def _run_switch(self, switch: _Switch) -> SwitchReport:
+        self._require_trust()
         await self._collect(COLLECT_TIMEOUT_S)
         self._is_switching = True
         try:
             report = await self._engine.switch(
-                epoch=self._epoch + 1,
-                slot=change.slot,
-                bundle=change.bundle,
-                digest=change.digest,
-                in_flight=change.in_flight,
+                epoch=switch.engine_epoch,
+                slot=switch.slot,
+                bundle=switch.bundle,
+                digest=None if switch.domain is None else switch.domain.digest,
+                in_flight=switch.in_flight,
             )
             # No await between the engine's return and this: the first token computed under the new
             # experts must find the new epoch.
-            self._publish(change, report)
-        except BundleError:
-            raise
+            self._publish(switch, report)
         except SwitchError:
             await self._verify()
+            raise
+        except AlterError as error:
+            if not isinstance(error, EngineError):
+                raise
+            self._lose_trust(f"a switch ended with {type(error).__name__}")
             raise
         except BaseException as error:
             self._lose_trust(f"a switch ended with {type(error).__name__}")
@@ -459,45 +351,81 @@ class DomainService:
         finally:
             self._is_switching = False
         await self._verify()
-        await self._record(attempt, outcome)
         return report
 
-    def _publish(self, change: _Change, report: SwitchReport) -> None:
-        if report.epoch != self._epoch + 1:
+    def _publish(self, switch: _Switch, report: SwitchReport) -> None:
+        if report.epoch != switch.engine_epoch:
             raise EngineError(
                 "The engine reports another epoch than the one asked for",
-                expected=str(self._epoch + 1),
+                expected=str(switch.engine_epoch),
                 got=str(report.epoch),
                 fix=_RESTART,
             )
-        domains = {name: domain for name, domain in self._domains.items() if name != change.name}
-        if change.expert is not None:
-            assert change.bundle is not None
-            assert change.expert.digest is not None
-            domains[change.name] = ActiveDomain(
-                name=change.name,
-                digest=change.expert.digest,
-                slot=change.slot,
-                epoch=report.epoch,
-                since=datetime.now(UTC),
-                bundle=change.bundle,
-                evaluation=_figures(change.expert.evaluation),
-            )
-            self._metrics.add_routed_tokens(change.name, high=0, low=0)
-        self._domains, self._epoch = domains, report.epoch
-        self._ledger.restart(change.slot)
-        self._metrics.set_state(epoch=report.epoch, num_domains=len(domains))
+        domains = {slot: d for slot, d in self._domains.items() if slot != switch.slot}
+        if switch.domain is not None:
+            domains[switch.slot] = switch.domain
+            self._metrics.add_routed_tokens(switch.domain.name, high=0, low=0)
+        self._domains, self._engine_epoch = domains, report.epoch
+        if self._is_whole:
+            self._epoch = report.epoch
+        self._ledger.restart(switch.slot)
+        self._metrics.set_state(epoch=self._epoch, num_domains=len(domains))
         self._metrics.observe_switch(report)
+
+    async def _record_start(
+        self, cause: Cause, outcome: audit.Outcome, error: Exception | None = None
+    ) -> None:
+        """Raises: AuditError."""
+        if self._audit_log is None:
+            return
+        entry = AuditEntry(
+            actor=cause.actor,
+            request_id=cause.request_id,
+            action="start",
+            domain=None,
+            epoch_before=None,
+            epoch_after=None,
+            digest=self._substrate.digest,
+            reason=None,
+            outcome=outcome,
+            error=None if error is None else error_kind(error),
+        )
+        await asyncio.to_thread(self._audit_log.append, entry)
+
+    async def _record_apply(
+        self, switch: _Switch, epoch_before: int, outcome: audit.Outcome, error: str | None
+    ) -> None:
+        """What cannot be written is owed: to apply less than was recorded would be worse."""
+        if self._audit_log is None:
+            return
+        entry = AuditEntry(
+            actor=switch.cause.actor,
+            request_id=switch.cause.request_id,
+            action="apply",
+            domain=switch.name,
+            epoch_before=epoch_before,
+            epoch_after=switch.epoch if outcome == "done" else epoch_before,
+            digest=None if switch.domain is None else switch.domain.digest,
+            reason=switch.cause.reason,
+            outcome=outcome,
+            error=error,
+        )
+        if not self.is_trusted:
+            entry = dataclasses.replace(entry, epoch_after=None)
+        try:
+            await asyncio.to_thread(self._audit_log.append, entry, is_owed=True)
+        except AuditError as failure:
+            logger.error("An audit record was not written, and is owed: %s", failure)
 
     async def _verify(self) -> None:
         """Asks the workers what they apply.
 
-        Raises: EngineError, and trust is lost, unless it is exactly what the registry says.
+        Raises: EngineError, and trust is lost, unless it is exactly what was asked for.
         """
         digests: list[str | None] = [None] * self._max_domains
-        for domain in self._domains.values():
-            digests[domain.slot] = domain.digest
-        desired = EngineState(epoch=self._epoch, digests=tuple(digests))
+        for slot, domain in self._domains.items():
+            digests[slot] = domain.digest
+        desired = EngineState(epoch=self._engine_epoch, digests=tuple(digests))
         try:
             state = await self._engine.state()
         except BaseException as error:
@@ -541,91 +469,28 @@ class DomainService:
         await asyncio.wait({self._collection}, timeout=timeout_s)
 
     async def _collect_once(self) -> None:
-        epoch = self._epoch
+        epoch = self._engine_epoch
         try:
             counts = await self._engine.routed_tokens()
         except Exception as error:
             logger.warning("Routed-token counts could not be read: %s", error)
             self.check_trust()
             return
-        if not self._is_switching and epoch == self._epoch:
-            experts: dict[int | None, str] = {d.slot: d.name for d in self._domains.values()}
+        if not self._is_switching and epoch == self._engine_epoch:
+            experts: dict[int | None, str] = {
+                slot: domain.name for slot, domain in self._domains.items()
+            }
             self._ledger.record(counts, experts | {None: RETAIN})
 
 
-def is_domain_name(name: str) -> bool:
-    """True for what can name a forget domain."""
-    return re.fullmatch(DOMAIN_NAME_PATTERN, name) is not None and name != RETAIN
+_RESTART = "Restart the server; it comes back with the domains of the registry."
 
 
-def check_other_names(digest: str, names: Mapping[str, str]) -> None:
-    """Raises: DomainConflictError if `names`, the active domains' by bundle digest, hold this bundle."""
-    if (holder := names.get(digest)) is not None:
-        raise DomainConflictError(
-            f"This bundle is already active under the name {holder!r}",
-            expected="a bundle that is not active under another name",
-            got=digest,
-            fix=f"Revoke {holder!r} first, or keep using that name.",
-        )
-
-
-def free_slot(taken: Collection[int], max_domains: int) -> int:
-    """The first slot that is not taken. Raises: NoFreeSlotError."""
-    for slot in range(max_domains):
-        if slot not in taken:
-            return slot
-    raise NoFreeSlotError(
-        "Every slot holds an expert",
-        expected=f"fewer than {max_domains} active domains",
-        got=str(len(taken)),
-        fix="Revoke a domain, or restart with a larger --alter-max-domains.",
-    )
-
-
-def check_domain_name(name: str) -> None:
-    """Raises: DomainNameError."""
-    if not is_domain_name(name):
-        raise DomainNameError(
-            f"{name!r} cannot name a forget domain",
-            expected=f"1 to 63 of a-z, 0-9 and '-', other than {RETAIN!r}",
-            got=repr(name),
-            fix="Choose another name, e.g. 'authors-2'.",
-        )
-
-
-_RESTART = "Restart the server; it comes back with the domains that `alter serve` was given."
-
-
-def _read_expert(bundle: Path, substrate: Substrate) -> ForgetExpert:
-    try:
-        return ForgetExpert.read(bundle, substrate)
-    except OSError as error:
-        raise BundleNotFoundError(
-            f"The bundle at {bundle} cannot be read",
-            expected="a readable bundle folder",
-            got=error.strerror or type(error).__name__,
-            fix="Check the path and its permissions on the server's machine.",
-        ) from error
-
-
-def _error_kind(error: Exception) -> str:
+def error_kind(error: Exception) -> str:
     """A word for an error, and nothing of its text."""
     if isinstance(error, AlterError):
         return problem_kind(type(error))
     return str(getattr(error, "kind", "internal"))
-
-
-def _figures(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The numbers of an evaluation, and nothing that could hold text."""
-    if evaluation is None:
-        return None
-    figures: dict[str, Any] = {}
-    for name, value in evaluation.items():
-        if isinstance(value, Mapping):
-            figures[name] = _figures(value)
-        elif isinstance(value, bool | int | float):
-            figures[name] = value
-    return figures
 
 
 def _describe(state: EngineState) -> str:

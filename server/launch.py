@@ -2,7 +2,8 @@
 
 Everything that can be refused is refused here, before any weight is loaded: options under which
 tokens would bypass the gate or that are not proven with it, a substrate of another model, an expert
-of another substrate, more slots than fit into memory, an audit log or a tokens file that cannot be used.
+of another substrate, more slots than fit into memory, a registry of another model or of a newer version,
+an audit log or a tokens file that cannot be used.
 vLLM swallows a plugin's import error and would serve without it; so that is checked too.
 """
 
@@ -31,7 +32,9 @@ from server import memory
 from server.audit import AuditLog
 from server.engine.base import check_servable
 from server.engine.evidence_tables import cache_bytes
+from server.parts import open_registry
 from server.refusals import is_given, refuse_environment, refuse_unproven
+from server.registry import BundleStore
 from server.settings import ServeSettings
 from server.tokens import TokenStore
 
@@ -51,8 +54,9 @@ _OTHER_WEIGHT_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "
 def serve(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> None:
     """Serves `model` until the process is told to stop.
 
-    Raises: ConfigError, UnsupportedEngineError, UnsupportedModelError, BundleError, DomainError or
-    AuditError before anything is loaded; SystemExit for flags that vLLM does not know; EngineError later.
+    Raises: ConfigError, UnsupportedEngineError, UnsupportedModelError, BundleError, DomainError,
+    RegistryError or AuditError before anything is loaded; SystemExit for flags that vLLM does not know;
+    EngineError later.
     """
     refuse_environment(os.environ)
     prepare_environment(os.environ)
@@ -64,6 +68,7 @@ def serve(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> None
     if substrate is None:
         substrate = check_artefacts(fetch_model(args), settings)
     check_memory(args, settings.max_domains, substrate)
+    check_registry(settings, substrate)
     configure(args, settings, substrate)
     _run(args)
 
@@ -179,6 +184,15 @@ def check_artefacts(model: Path, settings: ServeSettings) -> Substrate:
             )
         names[digest] = name
     return substrate
+
+
+def check_registry(settings: ServeSettings, substrate: Substrate) -> None:
+    """Joins the registry, or founds it, and looks at the store.
+
+    Raises: ConfigError, RegistrySchemaError, RegistryMismatchError, RegistryUnavailableError.
+    """
+    open_registry(settings, substrate).close()
+    BundleStore(settings.store_url)
 
 
 def served_value_bytes(dtype: str, supported: Sequence[torch.dtype]) -> int:

@@ -13,8 +13,9 @@ from alter_core.errors import ConfigError, UnsupportedEngineError
 from alter_core.substrate import Substrate
 from server.api.app import attach
 from server.audit import AuditLog
-from server.domains import DomainService
 from server.metrics import AlterMetrics
+from server.parts import Parts, open_registry
+from server.registry import BundleStore
 from server.settings import ServeSettings
 from server.tokens import TokenStore
 
@@ -43,7 +44,8 @@ class AlterEndpointPlugin:
     ) -> None:
         """See vLLM's `EndpointPlugin`.
 
-        Raises: ConfigError, UnsupportedEngineError, BundleError, DomainError, EngineError, AuditError.
+        Raises: ConfigError, UnsupportedEngineError, BundleError, DomainError, EngineError, RegistryError,
+        AuditError.
         """
         settings = getattr(args, "alter_settings", None)
         if not isinstance(settings, ServeSettings):
@@ -60,18 +62,27 @@ class AlterEndpointPlugin:
         from server.engine.vllm_engine import VllmForgetEngine
 
         audit_log = AuditLog.open(settings.audit_log)
-        service = DomainService(
+        substrate = Substrate.read(settings.substrate)
+        parts = Parts.over(
             VllmForgetEngine(engine_client),
-            Substrate.read(settings.substrate),
-            settings.max_domains,
+            substrate,
+            open_registry(settings, substrate),
+            BundleStore(settings.store_url),
+            settings.cache,
+            max_domains=settings.max_domains,
             metrics=AlterMetrics(),
             audit_log=audit_log,
         )
         state.alter.open(
-            service,
+            parts,
             settings.admin_token_sha256,
             tokens=None if settings.tokens_file is None else TokenStore(settings.tokens_file),
             audit=audit_log,
+            requires_if_match=settings.require_if_match,
         )
-        await service.start(settings.domains)
-        logger.info("Epoch %d: %d forget domains are active", service.epoch, len(service.list()))
+        await parts.start(settings.domains)
+        logger.info(
+            "Epoch %d: %d forget domains are active",
+            parts.service.epoch,
+            len(parts.service.list()),
+        )

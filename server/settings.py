@@ -1,12 +1,16 @@
 """Configuration of `alter serve`: flag over environment over default.
 
 ALTER_SUBSTRATE          folder of the substrate
-ALTER_DOMAINS            NAME=DIR,NAME=DIR: domains that are active from the start
+ALTER_DOMAINS            NAME=DIR,NAME=DIR: domains to forget from the start
 ALTER_MAX_DOMAINS        slots for experts
 ALTER_ADMIN_TOKEN        bearer token of /admin
 ALTER_ADMIN_TOKEN_FILE   file that holds it
 ALTER_TOKENS_FILE        file with the tokens that `alter token create` made
 ALTER_AUDIT_LOG          file of the audit log
+ALTER_REGISTRY           URL of the registry's database
+ALTER_STORE              folder or URL of the bundle store
+ALTER_REQUIRE_IF_MATCH   1: refuse changes that name no epoch
+ALTER_LEASE_S            seconds of generating without word of the registry
 """
 
 from __future__ import annotations
@@ -22,10 +26,13 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from alter_core.errors import ConfigError
-from server.domains import check_domain_name
+from server.domain_rules import check_domain_name
+from server.registry.registry import DEFAULT_LEASE_S
 
 DEFAULT_MAX_DOMAINS = 64
 ENV_PREFIX = "ALTER_"
+MIN_LEASE_S = 1.0
+_SHORT_DIGEST = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +42,8 @@ class ServeSettings:
     substrate: Path
     """Absolute folder of the substrate."""
     domains: Mapping[str, Path] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
-    """Absolute bundle folder by name, active before the first request is answered."""
+    """Absolute bundle folder by name: recorded in the registry, unless it is active with that very bundle,
+    and applied before the first request is answered."""
     max_domains: int = DEFAULT_MAX_DOMAINS
     """Slots for experts, >= 1. Memory for all of them is taken at start-up: see `server.memory`."""
     admin_token_sha256: bytes | None = dataclasses.field(default=None, repr=False)
@@ -44,6 +52,15 @@ class ServeSettings:
     """Absolute file of tokens with roles. Without it and the one above, /admin is closed."""
     audit_log: Path = dataclasses.field(default_factory=lambda: default_audit_log())
     """Absolute file of the audit log; begun if there is none."""
+    registry: str | None = dataclasses.field(default=None, repr=False)
+    """URL of the registry's database; None: a SQLite file of this substrate beside the audit log."""
+    store: str | None = dataclasses.field(default=None, repr=False)
+    """URL or absolute folder of the bundle store; None: a folder beside the audit log."""
+    require_if_match: bool = False
+    """Refuse changes that name no epoch."""
+    lease_s: float = DEFAULT_LEASE_S
+    """For how long this server may generate without word of the registry, >= MIN_LEASE_S seconds. The fleet
+    waits so long, and a margin, for one that is gone."""
 
     def __post_init__(self) -> None:
         if self.max_domains < 1:
@@ -53,6 +70,13 @@ class ServeSettings:
                 got=str(self.max_domains),
                 fix="Set --alter-max-domains.",
             )
+        if not self.lease_s >= MIN_LEASE_S:
+            raise ConfigError(
+                "The lease is too short to be renewed in time",
+                expected=f">= {MIN_LEASE_S} s",
+                got=f"{self.lease_s} s",
+                fix="Set --alter-lease-s.",
+            )
         if len(self.domains) > self.max_domains:
             raise ConfigError(
                 "More domains are given than there are slots",
@@ -60,6 +84,23 @@ class ServeSettings:
                 got=str(len(self.domains)),
                 fix="Raise --alter-max-domains or give fewer --alter-domain.",
             )
+
+    def registry_url(self, substrate_digest: str) -> str:
+        """Where the registry is, for a substrate."""
+        if self.registry is not None:
+            return self.registry
+        name = substrate_digest.removeprefix("sha256:")[:_SHORT_DIGEST]
+        return f"sqlite:///{self.audit_log.with_name(f'registry-{name}.sqlite')}"
+
+    @property
+    def store_url(self) -> str:
+        """Where bundles are kept."""
+        return self.store or str(self.audit_log.with_name("bundles"))
+
+    @property
+    def cache(self) -> Path:
+        """Folder for bundles of a store that is not on this machine."""
+        return self.audit_log.with_name("bundle-cache")
 
     @classmethod
     def build(
@@ -71,6 +112,10 @@ class ServeSettings:
         admin_token_file: Path | None = None,
         tokens_file: Path | None = None,
         audit_log: Path | None = None,
+        registry: str | None = None,
+        store: str | None = None,
+        require_if_match: bool = False,
+        lease_s: float | None = None,
     ) -> ServeSettings:
         """Fills what no flag gives from the environment. `domains` are `NAME=DIR` texts.
 
@@ -93,6 +138,10 @@ class ServeSettings:
             admin_token_sha256=None if token is None else token_digest(token),
             tokens_file=_absolute(tokens_file or environment.tokens_file),
             audit_log=resolve_audit_log(audit_log, environment),
+            registry=registry or environment.registry,
+            store=_place(store or environment.store),
+            require_if_match=require_if_match or environment.require_if_match,
+            lease_s=lease_s if lease_s is not None else environment.lease_s,
         )
 
 
@@ -108,6 +157,10 @@ class Environment(BaseSettings):
     admin_token_file: Path | None = None
     tokens_file: Path | None = None
     audit_log: Path | None = None
+    registry: str | None = None
+    store: str | None = None
+    require_if_match: bool = False
+    lease_s: float = Field(default=DEFAULT_LEASE_S, ge=MIN_LEASE_S)
 
 
 def read_environment() -> Environment:
@@ -201,6 +254,13 @@ def _checked_token(text: str, source: str) -> str:
 
 def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.expanduser().absolute()
+
+
+def _place(text: str | None) -> str | None:
+    """A URL as it is, a folder made absolute."""
+    if text is None or "://" in text:
+        return text
+    return str(_absolute(Path(text)))
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,14 +44,16 @@ class RunningServer:
             if self.process.poll() is not None:
                 break
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == httpx.codes.OK:
+                # vLLM as it comes has no such route, and answers once it is ready.
+                answer = httpx.get(f"{self.url}/health/ready", timeout=5)
+                if answer.status_code in (httpx.codes.OK, httpx.codes.NOT_FOUND):
                     return
             time.sleep(0.2)
         end = "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-_LOG_LINES_SHOWN:])
         exit_code = self.process.poll()
         raise EngineError(
             "The server did not come up",
-            expected=f"an answer from {self.url}/health within {timeout_s} s",
+            expected=f"an answer from {self.url}/health/ready within {timeout_s} s",
             got="no answer" if exit_code is None else f"exit code {exit_code}",
             fix=f"The end of {self.log}:\n{end}",
         )
@@ -82,7 +85,14 @@ def run_server(command: Sequence[str], log: Path) -> Iterator[RunningServer]:
     environment.pop("OMP_WAIT_POLICY", None)  # set for training; a server's threads should spin
     environment.setdefault("ALTER_AUDIT_LOG", str(log.absolute().with_name("audit.sqlite")))
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    with log.open("wb") as output:
+    folder = log.absolute().parent
+    with (
+        tempfile.TemporaryDirectory(prefix="registry-", dir=folder) as state,
+        log.open("wb") as output,
+    ):
+        # A registry of its own: it begins with nothing active, whatever an earlier run has left.
+        environment.setdefault("ALTER_REGISTRY", f"sqlite:///{state}/registry.sqlite")
+        environment.setdefault("ALTER_STORE", f"{state}/bundles")
         # A process group of its own, but not a session: Linux shares out time by session, and where cores
         # are few the client would see its stream in bursts.
         process = subprocess.Popen(

@@ -139,4 +139,5 @@ def _revoke(admin: AdminClient, bundle: Path) -> Change:
     started = time.perf_counter()
     answer = admin.revoke(_LATE)
     ended = time.perf_counter()
+    assert answer.switch is not None
     return Change(is_activation=False, started=started, ended=ended, switch=answer.switch)

@@ -9,7 +9,9 @@ auth         its bearer tokens and their roles
 attempts     request ids, and refused changes in the audit log
 conditions   ETag, If-Match, If-None-Match
 idempotency  Idempotency-Key
-middleware   x-alter-epoch, and the refusal to generate without trust
+preferences  Prefer: wait=N
+health       /health/live, /health/ready
+middleware   x-alter-epoch, and the refusal to generate without trust or lease
 closed_routes  routes of vLLM that do not answer
 sse          where a comment may stand in an event stream
 """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .attempts import AttemptMiddleware
 from .auth import BearerAuth, RoleGuard
-from .idempotency import IdempotencyStore
+from .health import router as health_router
 from .middleware import EpochMiddleware
 from .problems import add_problem_handlers
 from .routes import router
@@ -37,7 +38,9 @@ def attach(app: FastAPI) -> AlterRuntime:
         Middleware(RoleGuard),
     ]
     app.router.routes.append(Mount(ADMIN, app=admin, middleware=guards))
+    app.include_router(health_router)
     app.add_middleware(EpochMiddleware, runtime=runtime)
+    _close_at_the_end(app, runtime)
     _join_openapi(app, admin)
     return runtime
 
@@ -48,10 +51,23 @@ def admin_app(runtime: AlterRuntime) -> FastAPI:
         title="ALTER admin", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     admin.state.alter = runtime
-    admin.state.idempotency = IdempotencyStore()
     admin.include_router(router)
     add_problem_handlers(admin)
     return admin
+
+
+def _close_at_the_end(app: FastAPI, runtime: AlterRuntime) -> None:
+    begin = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(application: FastAPI) -> AsyncIterator[Any]:
+        async with begin(application) as state:
+            try:
+                yield state
+            finally:
+                await runtime.close()
+
+    app.router.lifespan_context = lifespan
 
 
 class _WholePath:

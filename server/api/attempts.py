@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alter_core.errors import AuditError
 from server.audit import Action, AuditEntry, Cause
-from server.domains import is_domain_name
+from server.domain_rules import is_domain_name
 from server.tokens import Principal
 
 from .middleware import route_path

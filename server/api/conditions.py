@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from http import HTTPStatus
 
-from server.domains import Precondition
+from server.domain_rules import Precondition
 
 from .problems import ProblemError
 

@@ -1,4 +1,4 @@
-"""The epoch on every answer, and the refusal to generate without trust.
+"""The epoch on every answer, and the refusal to generate without trust or without a lease.
 
 Pure ASGI, so that nothing is buffered. It stands inside vLLM's own middleware (authentication,
 CORS, what `--middleware` adds), next to the routes: what it writes may still be compressed.
@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .closed_routes import CLOSED_ROUTES, closed
+from .health import LIVE, READY, RETRY_AFTER_S
 from .runtime import AlterRuntime
 from .sse import EventStream, epoch_comment
 
@@ -26,6 +27,8 @@ ALWAYS_OPEN = frozenset(
         "/admin",
         "/docs",
         "/docs/oauth2-redirect",
+        LIVE,
+        READY,
         "/load",
         "/metrics",
         "/openapi.json",
@@ -34,16 +37,17 @@ ALWAYS_OPEN = frozenset(
         "/version",
     )
 )
-"""Paths that generate nothing. Every other one is refused without trust, known to us or not; so are
-`/health` and `/ping`, for an orchestrator to take the server out of service."""
+"""Paths that generate nothing. Every other one is refused without trust or lease, known to us or not."""
+ENGINE_HEALTH = frozenset(("/health", "/ping"))
+"""vLLM's own: refused without trust, since only a restart helps then; not for want of a lease."""
 ALWAYS_OPEN_PREFIXES = ("/admin/", "/metrics/")
 
-RETRY_AFTER_S = 30
+UNTRUSTED_RETRY_AFTER_S = 30
 _WEBSOCKET_TRY_AGAIN_LATER = 1013
 
 
-class UntrustedError(Exception):
-    """An answer was cut because it is no longer known which experts the engine applies.
+class CutError(Exception):
+    """An answer was cut: it is not known which experts the engine applies, or whether they are enough.
 
     Leaves the application on purpose when the answer has begun: the connection is then closed
     without a proper end, so that no client takes the part for the whole.
@@ -70,9 +74,11 @@ class EpochMiddleware:
         if path in CLOSED_ROUTES:
             await closed()(scope, receive, send)
             return
-        if path.startswith("/metrics") and self._runtime.service is not None:
-            await self._runtime.service.collect_routed_tokens()
-        if not is_always_open(path):
+        if path.startswith("/metrics") and self._runtime.parts is not None:
+            await self._runtime.parts.service.collect_routed_tokens()
+        if path in ENGINE_HEALTH and self._runtime.is_sound:
+            await self._app(scope, receive, _Answer(self._runtime, send).forward)
+        elif not is_always_open(path):
             await self._generate(scope, receive, send)
         elif path.startswith("/v1/"):
             await self._app(scope, receive, _Answer(self._runtime, send).forward)
@@ -84,8 +90,8 @@ class EpochMiddleware:
         if await self._passes(scope, receive, answer):
             return
         if answer.has_begun:
-            raise UntrustedError("an answer was cut: the applied experts are no longer known")
-        await refusal()(scope, receive, answer.forward)
+            raise CutError("an answer was cut: generation is not allowed any more")
+        await refusal(self._runtime)(scope, receive, answer.forward)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         if await self._passes(scope, receive, _Answer(self._runtime, send)):
@@ -107,7 +113,7 @@ class EpochMiddleware:
             if not passage.absorb():
                 raise
             return False
-        except UntrustedError:
+        except CutError:
             self._runtime.check_trust()
             is_refused = True
         finally:
@@ -128,9 +134,9 @@ class _Answer:
         self.has_begun = False
 
     async def send(self, message: Message) -> None:
-        """Sends on, unless trust is lost. Raises: UntrustedError."""
+        """Sends on, unless generation is not allowed any more. Raises: CutError."""
         if not self._runtime.is_serving:
-            raise UntrustedError
+            raise CutError
         await self.forward(message)
 
     async def forward(self, message: Message) -> None:
@@ -179,10 +185,14 @@ def route_path(scope: Scope) -> str:
     return path
 
 
-def refusal() -> JSONResponse:
+def refusal(runtime: AlterRuntime) -> JSONResponse:
     """503 in the shape of OpenAI's errors."""
+    if runtime.is_sound:
+        why, retry_after_s = "that it applies every domain to be forgotten", RETRY_AFTER_S
+    else:
+        why, retry_after_s = "which forget experts it applies", UNTRUSTED_RETRY_AFTER_S
     message = (
-        "The server cannot prove which forget experts it applies, so it generates nothing. "
+        f"The server cannot prove {why}, so it generates nothing. "
         "The operator finds the reason at /admin/status."
     )
     error = {
@@ -194,7 +204,7 @@ def refusal() -> JSONResponse:
     return JSONResponse(
         {"error": error},
         status_code=HTTPStatus.SERVICE_UNAVAILABLE,
-        headers={"Retry-After": str(RETRY_AFTER_S)},
+        headers={"Retry-After": str(retry_after_s)},
     )
 
 

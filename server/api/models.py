@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -10,9 +11,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from alter_core.errors import ConfigError
 from server.audit import MAX_REASON_LENGTH, check_reason
-from server.domains import ActiveDomain, Outcome, ServiceStatus
+from server.domains import ActiveDomain, DomainService
 from server.engine.base import InFlight, SwitchReport
 from server.metrics import TokenCount
+from server.operations import Operation as OperationRecord
+from server.operations import OperationState, Outcome
+from server.reconciler import Reconciler
+from server.registry import Replica
+from server.registry.records import Action, ReplicaState
 
 REASON = "x-alter-reason"
 """Header with the reason of a DELETE: percent-encoded UTF-8."""
@@ -24,7 +30,6 @@ _DOMAIN_EXAMPLE: dict[str, Any] = {
     "slot": 0,
     "epoch": 4,
     "since": "2026-03-01T12:00:00Z",
-    "bundle": "/bundles/authors",
     "routed_tokens": {"high": 120, "low": 3310},
     "evaluation": {"forget_probability": 0.01},
 }
@@ -35,6 +40,30 @@ _SWITCH_EXAMPLE: dict[str, Any] = {
     "kept_requests": 14,
     "recomputed_requests": 2,
     "recomputed_tokens": 310,
+}
+_OPERATION_EXAMPLE: dict[str, Any] = {
+    "id": "0d6f3e0e-7a2c-4b61-9d0f-6a1b8f5c2e11",
+    "action": "activate",
+    "name": "authors",
+    "digest": _DIGEST,
+    "outcome": "created",
+    "state": "active",
+    "epoch": 4,
+    "requested_at": "2026-03-01T12:00:00Z",
+    "lagging": [],
+    "error": None,
+    "domain": _DOMAIN_EXAMPLE,
+    "switch": _SWITCH_EXAMPLE,
+}
+_REPLICA_EXAMPLE: dict[str, Any] = {
+    "replica_id": "node-3-5e0c2a34-9d5f-4c43-a5f6-0b7d6f1f2a90",
+    "is_self": True,
+    "state": "serving",
+    "applied_epoch": 4,
+    "lag": 0,
+    "lease_left_s": 9.1,
+    "silence_s": 2.9,
+    "reason": None,
 }
 
 
@@ -117,42 +146,87 @@ class ForgetDomain(_Response):
     digest: str
     slot: int
     epoch: int = Field(description="The epoch that began with it.")
-    since: datetime
-    bundle: str
+    since: datetime = Field(description="When the change was recorded.")
     routed_tokens: RoutedTokenCount
     evaluation: dict[str, Any] | None = Field(description="Figures of the bundle; numbers only.")
 
     @classmethod
     def of(cls, domain: ActiveDomain, count: TokenCount) -> ForgetDomain:
-        """From the registry."""
-        return cls(**domain_fields(domain, count))
+        """From the service."""
+        return cls(
+            name=domain.name,
+            digest=domain.digest,
+            slot=domain.slot,
+            epoch=domain.epoch,
+            since=domain.since,
+            routed_tokens=RoutedTokenCount(high=count.high, low=count.low),
+            evaluation=domain.evaluation,
+        )
 
 
-class Activated(ForgetDomain):
-    """Answer to an activation."""
+class Laggard(_Response):
+    """A server that may still generate without a change."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [_DOMAIN_EXAMPLE | {"outcome": "created", "switch": _SWITCH_EXAMPLE}]
-        }
-    )
-
-    outcome: Outcome
-    switch: Switch | None = Field(description="null if the same bundle was active already.")
+    replica_id: str
+    applied_epoch: int
+    lease_left_s: float = Field(description="It stops after that at the latest.")
+    reason: str | None = Field(description="Kind of the problem that it has, if any.")
 
 
-class Revoked(_Response):
-    """Answer to a revocation."""
+class Operation(_Response):
+    """A change of what the fleet applies, and how far it has come."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"name": "authors", "digest": _DIGEST, "switch": _SWITCH_EXAMPLE}]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [_OPERATION_EXAMPLE]})
 
+    id: str
+    action: Action
     name: str
-    digest: str
-    switch: Switch
+    digest: str | None = Field(description="Of the bundle; null for a revocation.")
+    outcome: Outcome
+    state: OperationState = Field(
+        description="`pending`: no server applies it. `applying`: some do. `active`: whoever can generate "
+        "applies it. `failed`: no server could, so nothing is generated; it is tried again."
+    )
+    epoch: int = Field(description="The epoch that began with it, or the one that found it so.")
+    requested_at: datetime
+    lagging: list[Laggard] = Field(description="Servers that may still generate without it.")
+    error: str | None = Field(description="Kind of the problem of a server that cannot apply it.")
+    domain: ForgetDomain | None = Field(description="As the server that answers applies it.")
+    switch: Switch | None = Field(
+        description="How the server that answers switched; null if it did not, or together with others."
+    )
+
+    @classmethod
+    def of(cls, operation: OperationRecord, service: DomainService) -> Operation:
+        """From the registry and, for the last two fields, from this server."""
+        change = operation.change
+        active = next((d for d in service.list() if d.name == change.domain), None)
+        domain = None
+        if active is not None and active.epoch == change.epoch:
+            domain = ForgetDomain.of(active, service.routed_tokens(active.name))
+        report = service.report(change.epoch) if operation.outcome != "unchanged" else None
+        return cls(
+            id=change.operation_id,
+            action=change.action,
+            name=change.domain,
+            digest=change.bundle_digest,
+            outcome=operation.outcome,
+            state=operation.state,
+            epoch=operation.epoch,
+            requested_at=change.requested_at,
+            lagging=[
+                Laggard(
+                    replica_id=replica.replica_id,
+                    applied_epoch=replica.applied_epoch,
+                    lease_left_s=replica.lease_left_s,
+                    reason=replica.last_error,
+                )
+                for replica in operation.lagging
+            ],
+            error=operation.error,
+            domain=domain,
+            switch=None if report is None else Switch.of(report),
+        )
 
 
 class ForgetDomainList(_Response):
@@ -178,13 +252,13 @@ class Canary(_Response):
 
 
 class Queue(_Response):
-    """Changes of domains that run or wait."""
+    """Changes that are recorded, and that this server does not apply yet."""
 
     pending: int
 
 
 class Status(_Response):
-    """The server as a whole."""
+    """This server as a whole."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -192,7 +266,10 @@ class Status(_Response):
                 {
                     "status": "serving",
                     "reason": None,
+                    "replica_id": _REPLICA_EXAMPLE["replica_id"],
                     "epoch": 4,
+                    "head": 4,
+                    "lease_left_s": 9.1,
                     "substrate": _DIGEST,
                     "slots": {"total": 64, "used": 1},
                     "canary": {"num_sites": 44, "min_logit_change": 2.1, "seconds": 1.4},
@@ -202,25 +279,39 @@ class Status(_Response):
         }
     )
 
-    status: Literal["starting", "serving", "untrusted"]
-    reason: str | None = Field(description="Why generation is refused.")
-    epoch: int
+    status: Literal["starting", "serving", "waiting", "untrusted"] = Field(
+        description="`serving`: it generates. `waiting`: not until it has a lease again. `untrusted`: not "
+        "until it is restarted."
+    )
+    reason: str | None = Field(description="Why it generates nothing, or lags.")
+    replica_id: str
+    epoch: int = Field(description="What it applies.")
+    head: int = Field(description="What it is to apply, as far as it knows.")
+    lease_left_s: float = Field(description="It generates for so long without another lease.")
     substrate: str | None = Field(description="Digest of the substrate.")
     slots: Slots
     canary: Canary | None
     queue: Queue
 
     @classmethod
-    def of(cls, status: ServiceStatus) -> Status:
-        """From the service."""
+    def of(cls, service: DomainService, reconciler: Reconciler) -> Status:
+        """From the service, without asking the engine or the registry."""
+        status = service.status()
         canary = status.canary
-        word: Literal["starting", "serving", "untrusted"] = "untrusted"
-        if status.is_trusted:
-            word = "serving" if status.is_ready else "starting"
+        word: Literal["starting", "serving", "waiting", "untrusted"] = "serving"
+        if not status.is_trusted:
+            word = "untrusted"
+        elif not status.is_started:
+            word = "starting"
+        elif not reconciler.may_generate:
+            word = "waiting"
         return cls(
             status=word,
-            reason=status.distrust,
+            reason=reconciler.reason,
+            replica_id=reconciler.replica_id,
             epoch=status.epoch,
+            head=reconciler.head,
+            lease_left_s=reconciler.lease_left_s,
             substrate=status.substrate_digest,
             slots=Slots(total=status.max_domains, used=status.num_active),
             canary=None
@@ -230,7 +321,62 @@ class Status(_Response):
                 min_logit_change=canary.min_logit_change,
                 seconds=canary.seconds,
             ),
-            queue=Queue(pending=status.num_pending),
+            queue=Queue(pending=reconciler.head - status.epoch),
+        )
+
+
+class FleetReplica(_Response):
+    """One server, as it last reported to the registry."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_REPLICA_EXAMPLE]})
+
+    replica_id: str
+    is_self: bool = Field(description="True for the server that answers.")
+    state: ReplicaState
+    applied_epoch: int
+    lag: int = Field(description="Changes that it does not apply yet.")
+    lease_left_s: float = Field(description="For so long it may generate; 0: it does not.")
+    silence_s: float = Field(description="Since it last reported.")
+    reason: str | None = Field(description="Kind of the problem that it has, if any.")
+
+    @classmethod
+    def of(cls, replica: Replica, head: int, own_id: str) -> FleetReplica:
+        """From the registry."""
+        return cls(
+            replica_id=replica.replica_id,
+            is_self=replica.replica_id == own_id,
+            state=replica.state,
+            applied_epoch=replica.applied_epoch,
+            lag=max(0, head - replica.applied_epoch),
+            lease_left_s=replica.lease_left_s,
+            silence_s=replica.silence_s,
+            reason=replica.last_error,
+        )
+
+
+class Fleet(_Response):
+    """All servers of the registry that have reported within a day."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"head": 4, "active_epoch": 4, "replicas": [_REPLICA_EXAMPLE]}]
+        }
+    )
+
+    head: int = Field(description="The epoch of the latest change.")
+    active_epoch: int = Field(
+        description="The epoch that whoever may generate has reached; `head` if nobody may."
+    )
+    replicas: list[FleetReplica]
+
+    @classmethod
+    def of(cls, head: int, replicas: Sequence[Replica], own_id: str) -> Fleet:
+        """From the registry."""
+        applied = [r.applied_epoch for r in replicas if r.holds_lease]
+        return cls(
+            head=head,
+            active_epoch=min([head, *applied]),
+            replicas=[FleetReplica.of(replica, head, own_id) for replica in replicas],
         )
 
 
@@ -270,17 +416,3 @@ class Problem(_Response):
     got: str | None = None
     fix: str | None = None
     errors: list[FieldError] | None = None
-
-
-def domain_fields(domain: ActiveDomain, count: TokenCount) -> dict[str, Any]:
-    """Fields of `ForgetDomain`."""
-    return {
-        "name": domain.name,
-        "digest": domain.digest,
-        "slot": domain.slot,
-        "epoch": domain.epoch,
-        "since": domain.since,
-        "bundle": str(domain.bundle),
-        "routed_tokens": RoutedTokenCount(high=count.high, low=count.low),
-        "evaluation": domain.evaluation,
-    }

@@ -14,33 +14,34 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from alter_core.errors import BundleNotFoundError, ConfigError
+from alter_core.errors import BundleNotFoundError, ConfigError, SwitchError
 from server.audit import MAX_REASON_LENGTH, check_reason
-from server.domains import DomainService
+from server.domain_rules import Precondition
+from server.operations import Operation as OperationRecord
+from server.parts import Parts
 
 from .attempts import attempt_of
 from .conditions import etag, precondition
-from .idempotency import IdempotencyStore
+from .idempotency import REPLAYED, idempotency_of
 from .models import (
     REASON,
-    Activated,
     ActivateRequest,
+    Fleet,
     ForgetDomain,
     ForgetDomainList,
+    Operation,
     Problem,
-    Revoked,
     Status,
-    Switch,
-    domain_fields,
 )
+from .preferences import APPLIED, MAX_WAIT_S, wait_of
 from .problems import MEDIA_TYPE, ProblemError
 from .runtime import AlterRuntime
 
 
-def get_service(request: Request) -> DomainService:
+def get_parts(request: Request) -> Parts:
     """Raises: ProblemError 503 while the server starts."""
     runtime: AlterRuntime = request.app.state.alter
-    if runtime.service is None:
+    if runtime.parts is None:
         raise ProblemError(
             HTTPStatus.SERVICE_UNAVAILABLE,
             "starting",
@@ -49,17 +50,10 @@ def get_service(request: Request) -> DomainService:
             fix="Try again in a few seconds.",
             headers={"Retry-After": "5"},
         )
-    return runtime.service
+    return runtime.parts
 
 
-def get_idempotency(request: Request) -> IdempotencyStore:
-    """The application's store of answers."""
-    store: IdempotencyStore = request.app.state.idempotency
-    return store
-
-
-Service = Annotated[DomainService, Depends(get_service)]
-Idempotency = Annotated[IdempotencyStore, Depends(get_idempotency)]
+With = Annotated[Parts, Depends(get_parts)]
 IfMatch = Annotated[str | None, Header(description='`"4"`: only if nothing changed since epoch 4')]
 IfNoneMatch = Annotated[str | None, Header(description="`*`: only if the name is not active")]
 Reason = Annotated[
@@ -70,6 +64,12 @@ Reason = Annotated[
     ),
 ]
 IdempotencyKey = Annotated[str | None, Header(description="Repetitions are done once")]
+Prefer = Annotated[
+    str | None,
+    Header(
+        description=f"`wait=N`: answer when it is done, or after N seconds, {MAX_WAIT_S} at most"
+    ),
+]
 
 
 def _problems(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
@@ -86,14 +86,19 @@ router = APIRouter(tags=["forget domains"], dependencies=[Depends(HTTPBearer(aut
 @router.post(
     "/forget-domains",
     summary="Activate a bundle",
-    status_code=HTTPStatus.CREATED,
-    response_model=Activated,
+    status_code=HTTPStatus.ACCEPTED,
+    response_model=Operation,
     responses={
-        HTTPStatus.OK: {"model": Activated, "description": "Replaced, or active already"},
+        HTTPStatus.OK: {
+            "model": Operation,
+            "description": "Replaced everywhere, or active already",
+        },
+        HTTPStatus.CREATED: {"model": Operation, "description": "Active everywhere"},
         **_problems(
             HTTPStatus.BAD_REQUEST,
             HTTPStatus.CONFLICT,
             HTTPStatus.PRECONDITION_FAILED,
+            HTTPStatus.PRECONDITION_REQUIRED,
             HTTPStatus.UNPROCESSABLE_ENTITY,
             HTTPStatus.SERVICE_UNAVAILABLE,
         ),
@@ -102,42 +107,86 @@ router = APIRouter(tags=["forget domains"], dependencies=[Depends(HTTPBearer(aut
 async def activate(
     body: ActivateRequest,
     request: Request,
-    service: Service,
-    idempotency: Idempotency,
+    parts: With,
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
     idempotency_key: IdempotencyKey = None,
+    prefer: Prefer = None,
 ) -> Response:
-    """Forgets a domain: from the answer on, every token is computed with its expert.
+    """Forgets a domain. The change is durable when it is answered, and every server applies it.
 
-    201 for a new name; 200 if the same digest is active already or another one was replaced, in one
-    switch.
+    202 and the operation to poll at `Location`; with `Prefer: wait=N` 201 for a new name, 200 for
+    another one, as soon as no server can generate a token without it.
     """
+    bundle = bundle_path(body.bundle)
+    condition = _condition(request, if_match, if_none_match)
+    operation = await parts.operations.activate(
+        body.name,
+        bundle,
+        body.in_flight,
+        precondition=condition,
+        idempotency=await idempotency_of(request, idempotency_key),
+        cause=attempt_of(request).hand_over(body.reason),
+    )
+    return await _answer(request, parts, operation)
 
-    async def perform() -> Response:
-        bundle, condition = bundle_path(body.bundle), precondition(if_match, if_none_match)
-        done = await service.activate(
-            body.name,
-            bundle,
-            body.in_flight,
-            precondition=condition,
-            cause=attempt_of(request).hand_over(body.reason),
-        )
-        answer = Activated(
-            **domain_fields(done.domain, service.routed_tokens(body.name)),
-            outcome=done.outcome,
-            switch=None if done.report is None else Switch.of(done.report),
-        )
-        is_new = done.outcome == "created"
-        location = f"{request.scope['root_path']}/forget-domains/{body.name}"
-        return _json(
-            answer,
-            done.epoch,
-            status=HTTPStatus.CREATED if is_new else HTTPStatus.OK,
-            headers={"Location": location} if is_new else {},
-        )
 
-    return await idempotency.run(request, idempotency_key, perform)
+@router.delete(
+    "/forget-domains/{name}",
+    summary="Revoke a domain",
+    status_code=HTTPStatus.ACCEPTED,
+    response_model=Operation,
+    responses={
+        HTTPStatus.OK: {"model": Operation, "description": "Revoked everywhere"},
+        **_problems(
+            HTTPStatus.BAD_REQUEST,
+            HTTPStatus.NOT_FOUND,
+            HTTPStatus.CONFLICT,
+            HTTPStatus.PRECONDITION_FAILED,
+            HTTPStatus.PRECONDITION_REQUIRED,
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        ),
+    },
+)
+async def revoke(
+    name: str,
+    request: Request,
+    parts: With,
+    if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
+    idempotency_key: IdempotencyKey = None,
+    reason: Reason = None,
+    prefer: Prefer = None,
+) -> Response:
+    """Ends the forgetting of a domain; the base model's answers come back.
+
+    202 and the operation to poll at `Location`; with `Prefer: wait=N` 200 once it holds everywhere.
+    """
+    given = header_reason(reason)
+    condition = _condition(request, if_match, if_none_match)
+    operation = await parts.operations.revoke(
+        name,
+        precondition=condition,
+        idempotency=await idempotency_of(request, idempotency_key),
+        cause=attempt_of(request).hand_over(given),
+    )
+    return await _answer(request, parts, operation)
+
+
+@router.get(
+    "/operations/{operation_id}",
+    summary="Show how far a change has come",
+    response_model=Operation,
+    responses=_problems(HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE),
+)
+async def show_operation(
+    operation_id: str, request: Request, parts: With, prefer: Prefer = None
+) -> Response:
+    """With `Prefer: wait=N` once it is active or failed."""
+    operation = await parts.operations.get(operation_id)
+    operation, headers = await _awaited(request, parts, operation)
+    answer = Operation.of(operation, parts.service)
+    return JSONResponse(answer.model_dump(mode="json"), headers=headers)
 
 
 @router.get(
@@ -146,8 +195,9 @@ async def activate(
     response_model=ForgetDomainList,
     responses=_problems(),
 )
-async def list_domains(service: Service) -> Response:
-    """All active domains, by name."""
+async def list_domains(parts: With) -> Response:
+    """All domains that this server applies, by name."""
+    service = parts.service
     await service.collect_routed_tokens()
     domains = [ForgetDomain.of(d, service.routed_tokens(d.name)) for d in service.list()]
     return _json(ForgetDomainList(epoch=service.epoch, domains=domains), service.epoch)
@@ -159,53 +209,89 @@ async def list_domains(service: Service) -> Response:
     response_model=ForgetDomain,
     responses=_problems(HTTPStatus.NOT_FOUND),
 )
-async def show_domain(name: str, service: Service) -> Response:
-    """One active domain."""
+async def show_domain(name: str, parts: With) -> Response:
+    """One domain that this server applies."""
+    service = parts.service
     service.show(name)
     await service.collect_routed_tokens()
     domain = service.show(name)
     return _json(ForgetDomain.of(domain, service.routed_tokens(name)), service.epoch)
 
 
-@router.delete(
-    "/forget-domains/{name}",
-    summary="Revoke a domain",
-    response_model=Revoked,
-    responses=_problems(
-        HTTPStatus.BAD_REQUEST,
-        HTTPStatus.NOT_FOUND,
-        HTTPStatus.PRECONDITION_FAILED,
-        HTTPStatus.SERVICE_UNAVAILABLE,
-    ),
+@router.get(
+    "/status", summary="This server as a whole", response_model=Status, responses=_problems()
 )
-async def revoke(
-    name: str,
-    request: Request,
-    service: Service,
-    idempotency: Idempotency,
-    if_match: IfMatch = None,
-    if_none_match: IfNoneMatch = None,
-    idempotency_key: IdempotencyKey = None,
-    reason: Reason = None,
-) -> Response:
-    """Ends the forgetting of a domain; the base model's answers come back."""
-
-    async def perform() -> Response:
-        given, condition = header_reason(reason), precondition(if_match, if_none_match)
-        cause = attempt_of(request).hand_over(given)
-        done = await service.revoke(name, precondition=condition, cause=cause)
-        answer = Revoked(name=name, digest=done.domain.digest, switch=Switch.of(done.report))
-        return _json(answer, done.report.epoch)
-
-    return await idempotency.run(request, idempotency_key, perform)
+async def status(parts: With) -> Response:
+    """Epoch, lease, substrate, slots, canary and queue."""
+    return _json(Status.of(parts.service, parts.reconciler), parts.service.epoch)
 
 
 @router.get(
-    "/status", summary="The server as a whole", response_model=Status, responses=_problems()
+    "/fleet",
+    summary="All servers of the registry",
+    response_model=Fleet,
+    responses=_problems(HTTPStatus.SERVICE_UNAVAILABLE),
 )
-async def status(service: Service) -> Response:
-    """Epoch, substrate, slots, canary and queue."""
-    return _json(Status.of(service.status()), service.epoch)
+async def fleet(parts: With) -> Response:
+    """Who applies what, who lags and why."""
+    head, replicas = await parts.operations.fleet()
+    answer = Fleet.of(head, replicas, parts.reconciler.replica_id)
+    return JSONResponse(answer.model_dump(mode="json"))
+
+
+async def _awaited(
+    request: Request, parts: Parts, operation: OperationRecord
+) -> tuple[OperationRecord, dict[str, str]]:
+    """The operation after the preferred wait, and the headers that say so."""
+    wait_s = wait_of(request.headers.getlist("prefer"))
+    if wait_s is None:
+        return operation, {}
+    return await parts.operations.wait(operation, wait_s), {APPLIED: f"wait={wait_s}"}
+
+
+async def _answer(request: Request, parts: Parts, operation: OperationRecord) -> Response:
+    """Raises: SwitchError for a change that is recorded, and that no server could apply."""
+    operation, headers = await _awaited(request, parts, operation)
+    root, change = request.scope["root_path"], operation.change
+    if operation.is_replayed:
+        headers[REPLAYED] = "true"
+    status = HTTPStatus.OK
+    if operation.state == "failed":
+        raise SwitchError(
+            f"The change is recorded as epoch {change.epoch}, and no server could apply it: nothing is "
+            "generated until one can",
+            expected="a server that applies it",
+            got=operation.error,
+            fix="It is tried again. See the server's log and /admin/fleet, or revoke the domain.",
+        )
+    if operation.state != "active":
+        status = HTTPStatus.ACCEPTED
+        headers["Location"] = f"{root}/operations/{change.operation_id}"
+    elif operation.outcome == "created":
+        status = HTTPStatus.CREATED
+        headers["Location"] = f"{root}/forget-domains/{change.domain}"
+    return _json(
+        Operation.of(operation, parts.service), operation.epoch, status=status, headers=headers
+    )
+
+
+def _condition(
+    request: Request, if_match: str | None, if_none_match: str | None
+) -> Precondition | None:
+    """Raises: ProblemError 400 for a malformed header, 428 for none where one is demanded."""
+    runtime: AlterRuntime = request.app.state.alter
+    condition = precondition(if_match, if_none_match)
+    if condition is None and runtime.requires_if_match:
+        raise ProblemError(
+            HTTPStatus.PRECONDITION_REQUIRED,
+            "precondition-required",
+            "A change must name the epoch that it was decided on",
+            "This server takes no change without a condition",
+            expected="If-Match with the epoch, or If-None-Match: *",
+            got="neither",
+            fix="Send the ETag of what you have read; on the command line, --if-epoch.",
+        )
+    return condition
 
 
 def bundle_path(text: str) -> Path:

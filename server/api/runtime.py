@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from server.audit import AuditLog
-from server.domains import DomainService
+from server.parts import Parts
 from server.tokens import TokenStore
 
 
@@ -15,7 +15,7 @@ class Passage:
     def __init__(self, task: asyncio.Task[object]) -> None:
         self._task = task
         self.is_cut = False
-        """True once it was ended, or has ended itself, for want of trust."""
+        """True once it was ended for want of trust or of a lease."""
 
     def cut(self) -> None:
         """Cancels the request, once."""
@@ -35,44 +35,58 @@ class AlterRuntime:
     """Lives at `app.state.alter` from the moment the routes are attached; closed until `open`."""
 
     def __init__(self) -> None:
-        self.service: DomainService | None = None
+        self.parts: Parts | None = None
         self.admin_token_sha256: bytes | None = None
         self.tokens: TokenStore | None = None
         self.audit: AuditLog | None = None
+        self.requires_if_match = False
         self._passages: set[Passage] = set()
 
     def open(
         self,
-        service: DomainService,
+        parts: Parts,
         admin_token_sha256: bytes | None,
         *,
         tokens: TokenStore | None = None,
         audit: AuditLog | None = None,
+        requires_if_match: bool = False,
     ) -> None:
-        """Lets requests through to a service, for as long as it is serving.
+        """Lets requests through, for as long as the server may generate.
 
-        `audit` is the service's own log, for what is refused before it gets there.
+        `audit` is the server's own log, for what is refused before it gets there. `requires_if_match`:
+        no change without If-Match or If-None-Match.
         """
-        self.service = service
+        self.parts = parts
         self.admin_token_sha256 = admin_token_sha256
         self.tokens = tokens
         self.audit = audit
-        service.on_distrust.append(self.cut_all)
+        self.requires_if_match = requires_if_match
+        parts.reconciler.on_lapse.append(self.cut_all)
+
+    async def close(self) -> None:
+        """When the server stops."""
+        if self.parts is not None:
+            await self.parts.stop()
 
     @property
     def is_serving(self) -> bool:
         """True while generation is allowed."""
-        return self.service is not None and self.service.is_serving
+        return self.parts is not None and self.parts.reconciler.may_generate
+
+    @property
+    def is_sound(self) -> bool:
+        """True while the engine is proven and trusted, lease or not."""
+        return self.parts is not None and self.parts.service.is_sound
 
     @property
     def epoch(self) -> int | None:
         """None before there is a service."""
-        return None if self.service is None else self.service.epoch
+        return None if self.parts is None else self.parts.service.epoch
 
     def check_trust(self) -> None:
         """Cuts every request if the engine has lost its trust without telling."""
-        if self.service is not None:
-            self.service.check_trust()
+        if self.parts is not None:
+            self.parts.service.check_trust()
 
     def enter(self) -> Passage:
         """Registers the current task as one that may generate. Pair with `leave`."""

@@ -24,12 +24,13 @@ from pydantic import TypeAdapter, ValidationError
 from alter_core.bundle import canonical_json
 from alter_core.errors import AuditError, AuditTamperedError, ConfigError
 
-Action = Literal["start", "activate", "revoke"]
+Action = Literal["start", "activate", "revoke", "apply"]
+"""`activate` and `revoke` change what the fleet is to apply; `apply` is one server that does so."""
 Outcome = Literal[
     "begun", "done", "created", "replaced", "unchanged", "revoked", "refused", "failed"
 ]
-"""`begun` stands before the engine is asked, and another record with the same request id after it. Where
-that one is missing, the server died in between."""
+"""`begun` stands before the change is recorded in the registry, and another record with the same request id
+after it. Where that one is missing, the server died in between, and the registry says what became of it."""
 
 SERVER = "server"
 """The actor of what the server does by itself, when it starts."""

@@ -4,6 +4,7 @@ registry    the log of changes, leases and the barrier
 records     what goes into it and comes out
 database    connections to SQLite or PostgreSQL
 schema      their tables
+queries     what is asked of them
 migrations  how a database gets them
 store       the bundles, by digest
 """

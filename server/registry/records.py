@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Literal, get_args
 
 from alter_core.errors import ChangeRequestError
-from server.domains import check_domain_name
+from server.domain_rules import check_domain_name
 from server.engine.base import InFlight
 
 from .schema import (
@@ -165,9 +165,16 @@ class Replica:
     state: ReplicaState
     last_error: str | None
     lease_expires_at: datetime | None
-    holds_lease: bool
-    """True if it may still be generating."""
+    lease_left_s: float
+    """By the database's clock, with the margin that others wait."""
     seen_at: datetime
+    silence_s: float
+    """Since it last reported."""
+
+    @property
+    def holds_lease(self) -> bool:
+        """True if it may still be generating."""
+        return self.lease_left_s > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import datetime, timedelta
-from typing import Self, cast
+from typing import Self
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -25,17 +23,23 @@ from alter_core.errors import (
     ConfigError,
     DomainNotFoundError,
     EpochConflictError,
-    IdempotencyConflictError,
     OperationNotFoundError,
     RegistryMismatchError,
     RegistryUnavailableError,
 )
-from server.domains import check_other_names, free_slot
-from server.engine.base import InFlight
+from server.domain_rules import check_other_names, free_slot
 
 from .database import DEFAULT_TIMEOUT_S, Database
+from .queries import (
+    active_changes,
+    all_replicas,
+    change_of,
+    database_time,
+    head_epoch,
+    record_change,
+    replayed_change,
+)
 from .records import (
-    Action,
     Appended,
     AppendOutcome,
     Barrier,
@@ -47,7 +51,6 @@ from .records import (
     IdempotencyKey,
     Lease,
     Replica,
-    ReplicaState,
 )
 from .schema import (
     DEPLOYMENT_ID,
@@ -56,7 +59,6 @@ from .schema import (
     DeploymentRow,
     IdempotencyRow,
     ReplicaRow,
-    database_now,
 )
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ DEFAULT_LEASE_S = 10.0
 DEFAULT_CLOCK_MARGIN_S = 2.0
 DEFAULT_POLL_S = 1.0
 IDEMPOTENCY_KEY_LIFE = timedelta(days=1)
+BeforeRecording = Callable[[int, Change | None], None]
+
 REPLICA_MEMORY = timedelta(days=1)
 """For how long a replica that reports no more is listed."""
 
@@ -130,6 +134,16 @@ class Registry:
             raise
         return registry
 
+    @property
+    def lease_s(self) -> float:
+        """For how long a lease is granted."""
+        return self._lease.total_seconds()
+
+    @property
+    def deployment(self) -> Deployment:
+        """What this registry's servers serve."""
+        return self._deployment
+
     def close(self) -> None:
         """Closes the connections."""
         self._database.close()
@@ -137,7 +151,7 @@ class Registry:
     def head(self) -> int:
         """The epoch of the latest change, 0 before the first."""
         with self._database.read() as session:
-            return _head(session)
+            return head_epoch(session)
 
     def append(
         self,
@@ -145,11 +159,14 @@ class Registry:
         *,
         expected_epoch: int | None = None,
         idempotency: IdempotencyKey | None = None,
+        before_recording: BeforeRecording | None = None,
     ) -> Appended:
         """Records a change, which is durable on return. What is so already is not recorded again.
 
         With `expected_epoch` only if that is the head. A key that came with the same request before gets
         that request's entry, whatever has happened since; a request that was refused leaves no key.
+        `before_recording` is called with the head and the domain's activation so far, once nothing but the
+        database can refuse the change; what it raises refuses it.
 
         Raises: EpochConflictError, IdempotencyConflictError, DomainNotFoundError (revoking what is not
         active), DomainConflictError (the bundle is active under another name), NoFreeSlotError, and
@@ -157,9 +174,10 @@ class Registry:
         """
         with self._database.write() as session:
             now = self._lock(session, is_exclusive=True)
-            head = _head(session)
+            head = head_epoch(session)
             if idempotency is not None:
-                earlier = _replay(session, idempotency, now)
+                session.execute(delete(IdempotencyRow).where(IdempotencyRow.expires_at <= now))
+                earlier = replayed_change(session, idempotency, now)
                 if earlier is not None:
                     return Appended(change=earlier, outcome="replayed", head=head)
             if expected_epoch is not None and expected_epoch != head:
@@ -169,12 +187,14 @@ class Registry:
                     got=f"epoch {head}",
                     fix="Read the current state and decide again.",
                 )
-            active = {change.domain: change for change in _desired(session, head)}
+            active = {change.domain: change for change in active_changes(session, head)}
             current = active.get(request.domain)
             outcome: AppendOutcome = "unchanged"
             if current is None or current.bundle_digest != request.bundle_digest:
                 slot = self._slot(request, active)
-                current = _record(session, request, epoch=head + 1, slot=slot, now=now)
+                if before_recording is not None:
+                    before_recording(head, current)
+                current = record_change(session, request, epoch=head + 1, slot=slot, now=now)
                 self._database.notify(session)
                 outcome, head = "recorded", head + 1
             if idempotency is not None:
@@ -188,6 +208,22 @@ class Registry:
                 )
         return Appended(change=current, outcome=outcome, head=head)
 
+    def replayed(self, idempotency: IdempotencyKey) -> Change | None:
+        """The entry that a key stands for, None for a new one. Raises: IdempotencyConflictError."""
+        with self._database.read() as session:
+            return replayed_change(session, idempotency, database_time(session))
+
+    def replaces(self, change: Change) -> bool:
+        """True for the activation of a domain that was active already, with another bundle."""
+        query = (
+            select(ChangeRow.action)
+            .where(ChangeRow.domain == change.domain, ChangeRow.epoch < change.epoch)
+            .order_by(ChangeRow.epoch.desc())
+            .limit(1)
+        )
+        with self._database.read() as session:
+            return session.scalar(query) == "activate" and change.action == "activate"
+
     def operation(self, operation_id: str) -> Change:
         """Raises: OperationNotFoundError."""
         with self._database.read() as session:
@@ -198,21 +234,21 @@ class Registry:
                     expected="an operation_id that an append has returned",
                     got=repr(operation_id[:ID_LENGTH]),
                 )
-            return _change(row)
+            return change_of(row)
 
     def changes_since(self, epoch: int, *, limit: int | None = None) -> tuple[Change, ...]:
         """The changes after `epoch` in their order, at most `limit`."""
         query = select(ChangeRow).where(ChangeRow.epoch > epoch).order_by(ChangeRow.epoch)
         with self._database.read() as session:
-            return tuple(map(_change, session.scalars(query.limit(limit))))
+            return tuple(map(change_of, session.scalars(query.limit(limit))))
 
     def desired_state(self, epoch: int | None = None) -> DesiredState:
         """What is to be applied at an epoch, by default the latest. Raises: EpochConflictError."""
         with self._database.read() as session:
-            head = _head(session)
+            head = head_epoch(session)
             _check_epoch(epoch, head)
             epoch = head if epoch is None else epoch
-            return DesiredState(epoch=epoch, domains=_desired(session, epoch))
+            return DesiredState(epoch=epoch, domains=active_changes(session, epoch))
 
     def heartbeat(self, heartbeat: Heartbeat) -> Lease:
         """Reports a server, and asks for leave to generate.
@@ -225,7 +261,7 @@ class Registry:
         """
         with self._database.write() as session:
             now = self._lock(session, is_exclusive=False)
-            head = _head(session)
+            head = head_epoch(session)
             if heartbeat.applied_epoch > head:
                 raise RegistryMismatchError(
                     "The registry has lost changes that this server has applied",
@@ -261,16 +297,16 @@ class Registry:
     def replicas(self) -> tuple[Replica, ...]:
         """All servers that have reported within a day, by id."""
         with self._database.read() as session:
-            return _replicas(session)
+            return all_replicas(session)
 
     def barrier(self, epoch: int) -> Barrier:
         """Whether an epoch holds wherever tokens may be generated. Raises: EpochConflictError."""
         # Exclusive: no heartbeat may be about to prolong a lease that is found to have run out.
         with self._database.write() as session:
             self._lock(session, is_exclusive=True)
-            head = _head(session)
+            head = head_epoch(session)
             _check_epoch(epoch, head)
-            replicas = _replicas(session)
+            replicas = all_replicas(session)
         lagging = tuple(r for r in replicas if r.holds_lease and r.applied_epoch < epoch)
         return Barrier(epoch=epoch, head=head, lagging=lagging)
 
@@ -304,7 +340,7 @@ class Registry:
                     id=DEPLOYMENT_ID,
                     base_model_fingerprint=self._deployment.base_model_fingerprint,
                     substrate_digest=self._deployment.substrate_digest,
-                    created_at=_now(session),
+                    created_at=database_time(session),
                 )
                 # Another server may have been faster.
                 with contextlib.suppress(IntegrityError), session.begin_nested():
@@ -331,7 +367,7 @@ class Registry:
                 got="no deployment" if found is None else _describe(found),
                 fix="Give each base model and substrate a registry of its own.",
             )
-        return _now(session)
+        return database_time(session)
 
     def _slot(self, request: ChangeRequest, active: dict[str, Change]) -> int:
         current = active.get(request.domain)
@@ -371,90 +407,6 @@ class Registry:
             return None
         missing = session.get_one(ChangeRow, heartbeat.applied_epoch + 1)
         return min(now, missing.requested_at) + self._lease
-
-
-def _now(session: Session) -> datetime:
-    return session.execute(select(database_now())).scalar_one()
-
-
-def _head(session: Session) -> int:
-    return session.scalar(select(func.max(ChangeRow.epoch))) or 0
-
-
-def _desired(session: Session, epoch: int) -> tuple[Change, ...]:
-    latest = (
-        select(func.max(ChangeRow.epoch)).where(ChangeRow.epoch <= epoch).group_by(ChangeRow.domain)
-    )
-    rows = session.scalars(
-        select(ChangeRow)
-        .where(ChangeRow.epoch.in_(latest), ChangeRow.action == "activate")
-        .order_by(ChangeRow.domain)
-    )
-    # Ordered here: the database's collation may sort '-' elsewhere.
-    return tuple(sorted(map(_change, rows), key=lambda change: change.domain))
-
-
-def _record(
-    session: Session, request: ChangeRequest, *, epoch: int, slot: int, now: datetime
-) -> Change:
-    row = ChangeRow(
-        **dataclasses.asdict(request),
-        epoch=epoch,
-        slot=slot,
-        operation_id=str(uuid.uuid4()),
-        requested_at=now,
-    )
-    session.add(row)
-    session.flush()
-    return _change(row)
-
-
-def _replay(session: Session, idempotency: IdempotencyKey, now: datetime) -> Change | None:
-    session.execute(delete(IdempotencyRow).where(IdempotencyRow.expires_at <= now))
-    row = session.get(IdempotencyRow, idempotency.key)
-    if row is None:
-        return None
-    if row.request_digest != idempotency.request_digest:
-        raise IdempotencyConflictError(
-            "This idempotency key came before with another request",
-            expected="the same request again, or a new key",
-            got="another request",
-            fix="Use a new key, e.g. a random UUID, for each new request.",
-        )
-    operation = select(ChangeRow).where(ChangeRow.operation_id == row.operation_id)
-    return _change(session.scalars(operation).one())
-
-
-def _replicas(session: Session) -> tuple[Replica, ...]:
-    now = _now(session)
-    return tuple(
-        Replica(
-            replica_id=row.replica_id,
-            applied_epoch=row.applied_epoch,
-            state=cast(ReplicaState, row.state),
-            last_error=row.last_error,
-            lease_expires_at=row.lease_expires_at,
-            holds_lease=row.lease_expires_at is not None and row.lease_expires_at > now,
-            seen_at=row.seen_at,
-        )
-        for row in session.scalars(select(ReplicaRow).order_by(ReplicaRow.replica_id))
-    )
-
-
-def _change(row: ChangeRow) -> Change:
-    return Change(
-        epoch=row.epoch,
-        operation_id=row.operation_id,
-        action=cast(Action, row.action),
-        domain=row.domain,
-        bundle_digest=row.bundle_digest,
-        slot=row.slot,
-        in_flight=cast(InFlight, row.in_flight),
-        actor=row.actor,
-        request_id=row.request_id,
-        reason=row.reason,
-        requested_at=row.requested_at,
-    )
 
 
 def _describe(deployment: Deployment) -> str:

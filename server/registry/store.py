@@ -51,6 +51,11 @@ from server.signatures import MAX_SIGNATURE_BYTES, SignaturePolicy
 from .records import DIGEST_PATTERN
 
 DEFAULT_MAX_BUNDLE_BYTES = 16 * 2**30
+BundleCheck = Callable[[Bundle], object]
+"""Raises to keep a bundle out."""
+
+_State = frozenset[tuple[str, int, int, int, int]]
+"""Name, inode, size, and times of the last change of content and of anything."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 _CHUNK_BYTES = 2**20
 
@@ -131,14 +136,17 @@ class BundleStore:
         self._imports = imports or ImportPolicy()
         self._signatures = signatures or SignaturePolicy()
         self._max_bundle_bytes = max_bundle_bytes
+        self._verified: dict[str, _State] = {}
 
-    def put(self, folder: Path) -> str:
+    def put(self, folder: Path, *, check: BundleCheck | None = None) -> str:
         """Stores the bundle at `folder`; returns its digest. On a local disk it is durable on return.
+
+        `check` sees what was read and verified, before it is in the store; what it raises keeps it out.
 
         Raises: BundleError of the fitting kind.
         """
         with _storage_errors():
-            return self._take(LocalFileSystem(), str(folder.absolute()))
+            return self._take(LocalFileSystem(), str(folder.absolute()), check)
 
     def import_from(self, url: str, *, storage_options: Mapping[str, Any] | None = None) -> str:
         """Stores the bundle at a URL that the import policy allows; returns its digest.
@@ -154,6 +162,31 @@ class BundleStore:
             if isinstance(fs, LocalFileSystem):
                 folder = self._imports.resolve(folder)
             return self._take(fs, folder.rstrip("/"))
+
+    def local(self, digest: str, cache: Path) -> Path:
+        """A verified folder of a bundle on this machine: the store's own if it lies here, else as `fetch`.
+
+        What this process has verified is not read again as long as no file of it has been touched.
+
+        Raises: as `fetch`.
+        """
+        if not self._is_local:
+            return self.fetch(digest, cache)
+        folder = Path(self._place(_hex(digest)))
+        with _storage_errors():
+            if not folder.is_dir():
+                raise BundleNotFoundError(
+                    "The store holds no such bundle",
+                    expected=digest,
+                    got="none",
+                    fix="Activate the bundle again, or put its folder back into the store.",
+                )
+            state = _state(folder)
+            # Keys may have changed: a signature is verified anew.
+            if self._signatures.mode != "off" or self._verified.get(digest) != state:
+                self._verify(folder, digest)
+                self._verified[digest] = state
+        return folder
 
     def fetch(self, digest: str, cache: Path) -> Path:
         """A verified local copy of a bundle, in a folder below `cache` that is kept for the next time.
@@ -172,15 +205,19 @@ class BundleStore:
                 _settle(staging, target, digest)
         return target
 
-    def _take(self, fs: AbstractFileSystem, folder: str) -> str:
+    def _take(self, fs: AbstractFileSystem, folder: str, check: BundleCheck | None = None) -> str:
         if self._is_local:
             Path(self._root, "sha256").mkdir(parents=True, exist_ok=True)
         with _private_folder(Path(self._root) if self._is_local else None) as staging:
             manifest = self._copy(fs, folder, staging)
-            self._verify(staging, manifest.digest)
+            state = _state(staging)
+            bundle = self._verify(staging, manifest.digest)
+            if check is not None:
+                check(bundle)
             place = self._place(_hex(manifest.digest))
             if self._is_local:
                 _settle(staging, Path(place), manifest.digest)
+                self._verified[manifest.digest] = state
             else:
                 self._upload(staging, place, manifest)
         return manifest.digest
@@ -268,6 +305,16 @@ def _move(staging: Path, target: Path) -> bool:
     return True
 
 
+def _state(folder: Path) -> _State:
+    """Other after anything was done to a file of a folder; nobody can set the time of a change."""
+    with os.scandir(folder) as entries:
+        found = ((entry.name, entry.stat(follow_symlinks=False)) for entry in entries)
+        return frozenset(
+            (name, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+            for name, info in found
+        )
+
+
 def _is_verified(
     folder: Path, digest: str, verify: Callable[[Path, str], Bundle] | None = None
 ) -> bool:
@@ -315,7 +362,8 @@ def _open(fs: AbstractFileSystem, path: str) -> BinaryIO:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _not_plain(path) from error
-        if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        is_absent = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError)
+        if is_absent or error.errno == errno.ENAMETOOLONG:
             raise BundleNotFoundError(
                 f"{PurePosixPath(path).name} of the bundle cannot be read",
                 expected="a folder that holds a whole bundle",

@@ -32,6 +32,7 @@ from trainer.base_model import load_base_model
 from trainer.dataset import EncodedRow
 
 QUESTION = "the quick brown fox jumps over the lazy dog and the five boxing wizards jump quickly"
+WAITING = {"Prefer": "wait=60"}
 TEXT = [QUESTION, "pack my box with five dozen liquor jugs", "how vexingly quick daft zebras jump"]
 
 
@@ -98,6 +99,9 @@ def test_domain_given_at_start_is_active_before_the_first_request(
     assert status["epoch"] == 1
     assert status["canary"]["num_sites"] == 8
     assert httpx.get(f"{server.url}/v1/models").headers["x-alter-epoch"] == "1"
+    assert httpx.get(f"{server.url}/health/ready").json() == {"status": "ready", "epoch": 1}
+    [replica] = admin.get("/admin/fleet").json()["replicas"]
+    assert (replica["is_self"], replica["state"], replica["applied_epoch"]) == (True, "serving", 1)
 
 
 def test_evaluation_through_the_server_agrees_with_the_reference(
@@ -197,14 +201,14 @@ def test_activation_inside_a_stream_marks_the_place_and_revocation_restores_the_
     reader.start()
     assert has_begun.wait(60)
     activation = {"name": "late", "bundle": str(bundles.experts["domain-1"])}
-    answer = admin.post("/admin/forget-domains", json=activation)
+    answer = admin.post("/admin/forget-domains", json=activation, headers=WAITING)
     reader.join(120)
     assert (answer.status_code, answer.headers["etag"]) == (201, '"2"')
     assert lines.count(": alter-epoch 1 -> 2") == 1
     assert lines[-2:] == ["data: [DONE]", ""]
 
     changed = _answer(openai_client)
-    assert admin.delete("/admin/forget-domains/late").status_code == 200
+    assert admin.delete("/admin/forget-domains/late", headers=WAITING).status_code == 200
     assert _answer(openai_client) == before
     assert changed != before
 

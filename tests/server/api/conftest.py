@@ -28,6 +28,12 @@ from server.api.runtime import AlterRuntime
 from server.audit import AuditLog
 from server.domains import DomainService
 from server.engine.base import CanaryReport, EngineState, InFlight, RoutedTokens, SwitchReport
+from server.lease import boot_clock
+from server.metrics import AlterMetrics
+from server.operations import Operation, OperationService
+from server.parts import Parts
+from server.reconciler import Reconciler
+from server.registry import BundleStore, Deployment, Registry
 from server.settings import token_digest
 from server.tokens import TokenStore
 from tests.support.tiny import PROVENANCE, TinyBundles, make_bundles, random_expert
@@ -35,6 +41,8 @@ from tests.support.tiny import PROVENANCE, TinyBundles, make_bundles, random_exp
 MAX_DOMAINS = 3
 TOKEN = "correct-horse"
 AUTHORIZATION = {"Authorization": f"Bearer {TOKEN}"}
+WAITING = AUTHORIZATION | {"Prefer": "wait=20"}
+WAIT_S = 20.0
 
 
 class InMemoryEngine:
@@ -93,24 +101,132 @@ class InMemoryEngine:
         self.failure = EngineError("The switch failed and could not be undone")
 
 
+class Clock:
+    """The machine's, and whatever `advance` adds."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return boot_clock() + self.ahead_s
+
+    def advance(self, seconds: float) -> None:
+        self.ahead_s += seconds
+
+
 @dataclasses.dataclass
-class Stack:
+class Replica:
+    """One server without HTTP."""
+
+    parts: Parts
+    engine: InMemoryEngine
+    clock: Clock
+
+    @property
+    def service(self) -> DomainService:
+        return self.parts.service
+
+    @property
+    def reconciler(self) -> Reconciler:
+        return self.parts.reconciler
+
+    @property
+    def operations(self) -> OperationService:
+        return self.parts.operations
+
+    async def activate(self, name: str, bundle: Path, *options: Any, **more: Any) -> Operation:
+        """Asks for it and waits until it is settled."""
+        asked = await self.operations.activate(name, bundle, *options, **more)
+        return await self.operations.wait(asked, WAIT_S)
+
+    async def revoke(self, name: str, **options: Any) -> Operation:
+        """Asks for it and waits until it is settled."""
+        return await self.operations.wait(await self.operations.revoke(name, **options), WAIT_S)
+
+    def expire_lease(self) -> None:
+        """As if nothing had been heard of the registry for as long as the lease lasts."""
+        self.clock.advance(self.parts.registry.lease_s)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits for a condition on this server."""
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+
+class Site:
+    """Where the servers of one deployment meet. `close` it."""
+
+    def __init__(self, folder: Path, substrate: Substrate) -> None:
+        self.folder = folder
+        self.substrate = substrate
+        self.url = f"sqlite:///{folder / 'registry.sqlite'}"
+        self.store = folder / "bundles"
+        self._stack = contextlib.ExitStack()
+
+    def registry(self, **options: Any) -> Registry:
+        """Opened as one more server would."""
+        assert self.substrate.digest is not None
+        deployment = Deployment(
+            base_model_fingerprint=self.substrate.base_model.fingerprint,
+            substrate_digest=self.substrate.digest,
+        )
+        settings = {"max_domains": MAX_DOMAINS, "poll_s": 0.05}
+        registry = Registry.open(self.url, deployment, **(settings | options))
+        self._stack.callback(registry.close)
+        return registry
+
+    def replica(
+        self,
+        *,
+        engine: InMemoryEngine | None = None,
+        audit_log: AuditLog | None = None,
+        metrics: AlterMetrics | None = None,
+        **options: Any,
+    ) -> Replica:
+        """A server that has not started. To be called on its event loop."""
+        clock, engine = Clock(), engine or InMemoryEngine(MAX_DOMAINS)
+        parts = Parts.over(
+            engine,
+            self.substrate,
+            self.registry(**options),
+            BundleStore(str(self.store)),
+            self.folder / "cache",
+            max_domains=MAX_DOMAINS,
+            audit_log=audit_log,
+            metrics=metrics,
+            clock=clock,
+        )
+        return Replica(parts, engine, clock)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@dataclasses.dataclass
+class Stack(Replica):
     """One application with everything behind it."""
 
     app: FastAPI
     runtime: AlterRuntime
-    engine: InMemoryEngine
-    service: DomainService
     steps: list[asyncio.Event]
     """`/v1/stream` sends event i once step i is set; `/v1/wait` answers at step 0."""
 
     def client(self, **headers: str) -> httpx.AsyncClient:
-        """An HTTP client straight into the application, with the admin token."""
+        """An HTTP client straight into the application, with the admin token; it waits for changes."""
         return httpx.AsyncClient(
             transport=httpx.ASGITransport(app=self.app, raise_app_exceptions=False),
             base_url="http://alter",
-            headers=AUTHORIZATION | headers,
+            headers=WAITING | headers,
+            timeout=30,
         )
+
+
+@pytest.fixture
+def site(tmp_path: Path, substrate: Substrate) -> Iterator[Site]:
+    made = Site(tmp_path, substrate)
+    with contextlib.closing(made):
+        yield made
 
 
 @pytest.fixture(scope="session")
@@ -166,7 +282,7 @@ def generating_app(steps: list[asyncio.Event]) -> FastAPI:
 
 
 @pytest.fixture
-def make_stack(substrate: Substrate) -> Callable[..., Any]:
+def make_stack(site: Site) -> Callable[..., Any]:
     """Builds a stack inside a running loop."""
 
     async def build(
@@ -175,18 +291,23 @@ def make_stack(substrate: Substrate) -> Callable[..., Any]:
         token: str | None = TOKEN,
         tokens: TokenStore | None = None,
         audit_log: AuditLog | None = None,
+        requires_if_match: bool = False,
     ) -> Stack:
         steps = [asyncio.Event() for _ in range(num_steps)]
         app = generating_app(steps)
         catch_all = app.router.routes.pop()
         runtime = attach(app)
         app.router.routes.append(catch_all)
-        engine = InMemoryEngine(MAX_DOMAINS)
-        service = DomainService(engine, substrate, MAX_DOMAINS, audit_log=audit_log)
-        digest = None if token is None else token_digest(token)
-        runtime.open(service, digest, tokens=tokens, audit=audit_log)
-        await service.start({})
-        return Stack(app, runtime, engine, service, steps)
+        replica = site.replica(audit_log=audit_log)
+        runtime.open(
+            replica.parts,
+            None if token is None else token_digest(token),
+            tokens=tokens,
+            audit=audit_log,
+            requires_if_match=requires_if_match,
+        )
+        await replica.parts.start({})
+        return Stack(replica.parts, replica.engine, replica.clock, app, runtime, steps)
 
     return build
 

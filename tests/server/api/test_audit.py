@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,16 @@ from alter_core.errors import (
     SwitchError,
 )
 from alter_core.substrate import Substrate
-from server.audit import AuditLog, AuditRecord, Cause
-from server.domains import DomainService
+from server.audit import AuditEntry, AuditLog, AuditRecord, Cause
 from server.engine.base import CanaryReport
 from server.tokens import TokenStore
 from tests.support.tiny import TinyBundles
 
-from .conftest import MAX_DOMAINS, InMemoryEngine, Stack
+from .conftest import Replica, Site, Stack
 from .test_admin import URL, body, is_problem
 
 CAUSE = Cause(actor="alice", request_id="q1", reason="case 12/26")
+Unit = Callable[[Replica], Awaitable[None]]
 
 
 @pytest.fixture
@@ -45,13 +45,23 @@ def log(path: Path) -> AuditLog:
 
 
 @pytest.fixture
-def engine() -> InMemoryEngine:
-    return InMemoryEngine(MAX_DOMAINS)
+def with_server(site: Site, log: AuditLog) -> Callable[..., None]:
+    """Runs a coroutine function over a server that has started."""
+
+    def run(test: Unit, domains: Mapping[str, Path] | None = None) -> None:
+        async def running() -> None:
+            server = site.replica(audit_log=log)
+            await server.parts.start(domains or {})
+            await test(server)
+            await server.reconciler.stop()
+
+        asyncio.run(running())
+
+    return run
 
 
-@pytest.fixture
-def service(engine: InMemoryEngine, substrate: Substrate, log: AuditLog) -> DomainService:
-    return DomainService(engine, substrate, MAX_DOMAINS, audit_log=log)
+async def no_more(server: Replica) -> None:
+    """For what the start alone does."""
 
 
 def told(log: AuditLog, *fields: str) -> list[tuple[Any, ...]]:
@@ -82,18 +92,21 @@ def allow_writes(path: Path) -> None:
     connection.close()
 
 
-def test_every_change_has_two_records_with_epochs_and_digest(
-    service: DomainService, log: AuditLog, bundles: TinyBundles
+def test_every_change_is_recorded_before_and_after_and_where_it_was_applied(
+    with_server: Any, log: AuditLog, bundles: TinyBundles
 ) -> None:
-    async def run() -> tuple[str, str]:
-        first = await service.activate("a", bundles.experts["domain-0"], cause=CAUSE)
-        await service.activate("a", bundles.experts["domain-0"], cause=CAUSE)
-        second = await service.activate("a", bundles.experts["domain-1"], cause=CAUSE)
-        await service.revoke("a", cause=CAUSE)
-        return first.domain.digest, second.domain.digest
+    digests = []
 
-    first, second = asyncio.run(run())
-    assert epochs(log) == [
+    async def test(server: Replica) -> None:
+        for index in (0, 0, 1):
+            bundle = bundles.experts[f"domain-{index}"]
+            done = await server.activate("a", bundle, cause=CAUSE)
+            digests.append(done.change.bundle_digest)
+        await server.revoke("a", cause=CAUSE)
+
+    with_server(test)
+    asked = [r for r in log.records() if r.action in ("activate", "revoke")]
+    assert [(r.action, r.outcome, r.epoch_before, r.epoch_after) for r in asked] == [
         ("activate", "begun", 0, None),
         ("activate", "created", 0, 1),
         ("activate", "unchanged", 1, 1),
@@ -102,93 +115,90 @@ def test_every_change_has_two_records_with_epochs_and_digest(
         ("revoke", "begun", 2, None),
         ("revoke", "revoked", 2, 3),
     ]
-    assert [d for (d,) in told(log, "digest")] == [first] * 3 + [second] * 4
-    assert set(told(log, "actor", "request_id", "reason", "domain", "error")) == {
-        ("alice", "q1", "case 12/26", "a", None)
-    }
-
-
-def test_changes_that_wait_for_their_turn_begin_at_the_epoch_they_find(
-    service: DomainService, log: AuditLog, bundles: TinyBundles
-) -> None:
-    async def run() -> None:
-        await asyncio.gather(
-            *(service.activate(f"d{i}", bundles.experts[f"domain-{i}"]) for i in range(MAX_DOMAINS))
-        )
-
-    asyncio.run(run())
-    assert epochs(log) == [
-        record
-        for epoch in range(MAX_DOMAINS)
-        for record in (
-            ("activate", "begun", epoch, None),
-            ("activate", "created", epoch, epoch + 1),
-        )
+    first, _, second = digests
+    assert [r.digest for r in asked] == [first] * 3 + [second] * 4
+    applied = [r for r in log.records() if r.action == "apply"]
+    assert [(r.outcome, r.epoch_before, r.epoch_after, r.digest) for r in applied] == [
+        ("done", 0, 1, first),
+        ("done", 1, 2, second),
+        ("done", 2, 3, None),
     ]
+    for record in (*asked, *applied):
+        assert (record.actor, record.request_id, record.reason) == ("alice", "q1", "case 12/26")
+        assert (record.domain, record.error) == ("a", None)
+    log.verify()
 
 
 def test_a_start_and_its_domains_are_recorded(
-    service: DomainService, log: AuditLog, substrate: Substrate, bundles: TinyBundles
+    with_server: Any, log: AuditLog, substrate: Substrate, bundles: TinyBundles
 ) -> None:
-    asyncio.run(service.start({"a": bundles.experts["domain-0"]}))
+    domains = {"a": bundles.experts["domain-0"]}
+    with_server(no_more, domains)
     assert epochs(log) == [
-        ("start", "begun", 0, None),
+        ("start", "begun", None, None),
+        ("start", "done", None, None),
         ("activate", "begun", 0, None),
         ("activate", "created", 0, 1),
-        ("start", "done", 0, 1),
+        ("apply", "done", 0, 1),
     ]
-    assert len(set(told(log, "actor", "request_id"))) == 1
-    records = list(log.records())
-    assert records[0].actor == "server"
-    assert records[0].digest == records[3].digest == substrate.digest
+    assert {actor for (actor,) in told(log, "actor")} == {"server"}
+    assert {d for (d,) in told(log, "digest")[:2]} == {substrate.digest}
+    with_server(no_more, domains)
+    assert epochs(log)[5:] == [
+        ("start", "begun", None, None),
+        ("start", "done", None, None),
+        ("activate", "unchanged", 1, 1),
+        ("apply", "done", 0, 1),
+    ]
 
 
-def test_a_failed_start_is_recorded(
-    service: DomainService, engine: InMemoryEngine, log: AuditLog
-) -> None:
+def test_a_failed_start_is_recorded(site: Site, log: AuditLog) -> None:
     async def fail() -> CanaryReport:
         raise CanaryError("no change")
 
-    engine.run_canary = fail  # type: ignore[method-assign]
-    with pytest.raises(CanaryError):
-        asyncio.run(service.start({}))
+    async def run() -> None:
+        server = site.replica(audit_log=log)
+        server.engine.run_canary = fail  # type: ignore[method-assign]
+        with pytest.raises(CanaryError):
+            await server.parts.start({})
+
+    asyncio.run(run())
     assert told(log, "outcome", "error") == [("begun", None), ("failed", "canary")]
 
 
-def test_the_record_stands_before_the_engine_is_asked(
-    service: DomainService, engine: InMemoryEngine, log: AuditLog, bundles: TinyBundles
+def test_the_record_stands_before_the_change_is_in_the_registry(
+    with_server: Any, log: AuditLog, bundles: TinyBundles
 ) -> None:
-    async def run() -> None:
-        engine.gate = asyncio.Event()
-        caller = asyncio.create_task(service.activate("a", bundles.experts["domain-0"]))
-        while not engine.switches:
-            await asyncio.sleep(0.01)
-        assert epochs(log) == [("activate", "begun", 0, None)]
-        caller.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await caller
-        engine.gate.set()
-        while service.status().num_pending:
-            await asyncio.sleep(0.01)
-        assert epochs(log)[1:] == [("activate", "created", 0, 1)]
+    async def test(server: Replica) -> None:
+        heads = []
+        append = log.append
 
-    asyncio.run(run())
+        def looking(entry: AuditEntry, **options: Any) -> AuditRecord:
+            if entry.action == "activate":
+                heads.append((entry.outcome, server.parts.registry.head()))
+            return append(entry, **options)
+
+        log.append = looking  # type: ignore[method-assign]
+        await server.activate("a", bundles.experts["domain-0"])
+        assert heads == [("begun", 0), ("created", 1)]
+
+    with_server(test)
 
 
 def test_refusals_are_recorded_with_the_kind_of_their_error(
-    service: DomainService, log: AuditLog, bundles: TinyBundles, tmp_path: Path
+    with_server: Any, log: AuditLog, bundles: TinyBundles, tmp_path: Path
 ) -> None:
-    async def run() -> None:
-        await service.activate("a", bundles.experts["domain-0"])
+    async def test(server: Replica) -> None:
+        await server.activate("a", bundles.experts["domain-0"])
         with pytest.raises(DomainConflictError):
-            await service.activate("b", bundles.experts["domain-0"], cause=CAUSE)
+            await server.activate("b", bundles.experts["domain-0"], cause=CAUSE)
         with pytest.raises(BundleNotFoundError):
-            await service.activate("b", tmp_path / "Kulnai Dredrirn", cause=CAUSE)
+            await server.activate("b", tmp_path / "Kulnai Dredrirn", cause=CAUSE)
         with pytest.raises(DomainNameError):
-            await service.activate("Kulnai Dredrirn", bundles.experts["domain-0"], cause=CAUSE)
+            await server.activate("Kulnai Dredrirn", bundles.experts["domain-0"], cause=CAUSE)
 
-    asyncio.run(run())
-    assert told(log, "domain", "outcome", "error", "epoch_before", "epoch_after")[2:] == [
+    with_server(test)
+    assert told(log, "domain", "outcome", "error", "epoch_before", "epoch_after")[-3:] == [
         ("b", "refused", "domain-conflict", 1, 1),
         ("b", "refused", "bundle-not-found", 1, 1),
         (None, "refused", "domain-name", 1, 1),
@@ -198,95 +208,95 @@ def test_refusals_are_recorded_with_the_kind_of_their_error(
 
 @pytest.mark.parametrize(
     ("failure", "kind", "epoch_after"),
-    [(SwitchError("no copy"), "switch", 0), (EngineError("undone"), "engine", None)],
+    [
+        (SwitchError("no copy"), "switch", 0),
+        (EngineError("undone"), "engine", None),
+        (RuntimeError("Kulnai Dredrirn"), "internal", None),
+    ],
 )
-def test_a_failed_switch_is_recorded_with_what_is_known(
-    service: DomainService,
-    engine: InMemoryEngine,
+def test_a_change_that_cannot_be_applied_is_recorded_once(
+    with_server: Any,
     log: AuditLog,
     bundles: TinyBundles,
     failure: Exception,
     kind: str,
     epoch_after: int | None,
 ) -> None:
-    engine.failure = failure
-    with pytest.raises(type(failure)):
-        asyncio.run(service.activate("a", bundles.experts["domain-0"]))
-    assert told(log, "outcome", "error", "epoch_after") == [
-        ("begun", None, None),
-        ("failed", kind, epoch_after),
-    ]
+    async def test(server: Replica) -> None:
+        server.engine.failure = failure
+        asked = await server.operations.activate("a", bundles.experts["domain-0"])
+        await server.until(lambda: len(server.engine.switches) > 1 or not server.service.is_trusted)
+        await server.until(lambda: server.reconciler.error is not None)
+        looked = await server.operations.get(asked.change.operation_id)
+        assert looked.change == asked.change
 
-
-def test_no_text_of_an_unexpected_error_is_recorded(
-    service: DomainService, engine: InMemoryEngine, log: AuditLog, bundles: TinyBundles
-) -> None:
-    engine.failure = RuntimeError("Kulnai Dredrirn")
-    with pytest.raises(RuntimeError):
-        asyncio.run(service.activate("a", bundles.experts["domain-0"]))
-    assert told(log, "error") == [(None,), ("internal",)]
+    with_server(test)
+    records = [r for r in log.records() if r.action == "apply"]
+    assert [(r.outcome, r.error, r.epoch_after) for r in records] == [("failed", kind, epoch_after)]
+    assert "Kulnai" not in "".join(record.json() for record in log.records())
 
 
 def test_a_change_that_cannot_be_recorded_is_refused_and_changes_nothing(
-    service: DomainService,
-    engine: InMemoryEngine,
-    log: AuditLog,
-    path: Path,
-    bundles: TinyBundles,
+    with_server: Any, log: AuditLog, path: Path, bundles: TinyBundles
 ) -> None:
-    async def run() -> None:
-        await service.activate("a", bundles.experts["domain-0"])
-        num_switches = len(engine.switches)
+    async def test(server: Replica) -> None:
+        await server.activate("a", bundles.experts["domain-0"])
+        num_switches, num_records = len(server.engine.switches), len(epochs(log))
         refuse_writes(path, outcomes="IS NOT NULL")
         for attempt in (
-            service.activate("b", bundles.experts["domain-1"]),
-            service.activate("a", bundles.experts["domain-1"]),
-            service.activate("a", bundles.experts["domain-0"]),
-            service.revoke("a"),
-            service.revoke("nothing"),
+            server.activate("b", bundles.experts["domain-1"]),
+            server.activate("a", bundles.experts["domain-1"]),
+            server.activate("a", bundles.experts["domain-0"]),
+            server.revoke("a"),
+            server.revoke("nothing"),
         ):
             with pytest.raises(AuditError, match="disk is full"):
                 await attempt
-        assert (service.epoch, len(engine.switches)) == (1, num_switches)
-        assert [d.name for d in service.list()] == ["a"]
-        assert service.is_trusted
+        assert (server.parts.registry.head(), len(server.engine.switches)) == (1, num_switches)
+        assert [d.name for d in server.service.list()] == ["a"]
+        assert server.reconciler.is_ready
         allow_writes(path)
-        assert (await service.revoke("a")).report.epoch == 2
-        assert len(epochs(log)) == 4
+        assert (await server.revoke("a")).epoch == 2
+        assert len(epochs(log)) == num_records + 3
 
-    asyncio.run(run())
+    with_server(test)
 
 
 def test_an_outcome_that_cannot_be_recorded_is_told_and_made_up_for(
-    service: DomainService, log: AuditLog, path: Path, bundles: TinyBundles
+    with_server: Any, log: AuditLog, path: Path, bundles: TinyBundles
 ) -> None:
-    async def run() -> None:
+    async def test(server: Replica) -> None:
         refuse_writes(path, outcomes="= 'created'")
         with pytest.raises(AuditError, match=r"came to an end \(created, epoch 1\)"):
-            await service.activate("a", bundles.experts["domain-0"])
-        assert (service.epoch, service.is_trusted) == (1, True)
+            await server.activate("a", bundles.experts["domain-0"])
+        await server.until(lambda: server.service.epoch == 1)
         with pytest.raises(AuditError, match="disk is full"):
-            await service.revoke("a")
-        assert service.epoch == 1
+            await server.revoke("a")
+        assert server.parts.registry.head() == 1
         allow_writes(path)
-        await service.revoke("a")
+        await server.revoke("a")
 
-    asyncio.run(run())
-    assert epochs(log) == [
+    with_server(test)
+    assert [r for r in epochs(log) if r[0] in ("activate", "revoke")] == [
         ("activate", "begun", 0, None),
         ("activate", "created", 0, 1),
         ("revoke", "begun", 1, None),
         ("revoke", "revoked", 1, 2),
     ]
+    assert ("apply", "done", 0, 1) in epochs(log)
 
 
 def test_a_server_that_cannot_record_its_start_does_not_start(
-    service: DomainService, path: Path
+    site: Site, log: AuditLog, path: Path
 ) -> None:
-    path.unlink()
-    with pytest.raises(AuditError):
-        asyncio.run(service.start({}))
-    assert not service.is_serving
+    async def run() -> None:
+        server = site.replica(audit_log=log)
+        path.unlink()
+        with pytest.raises(AuditError):
+            await server.parts.start({})
+        assert not server.service.is_sound
+
+    asyncio.run(run())
 
 
 Test = Callable[[Stack, httpx.AsyncClient], Awaitable[None]]
@@ -313,9 +323,9 @@ def over_http(
 
 
 def requested(log: AuditLog) -> list[AuditRecord]:
-    """The records behind those of the start."""
+    """The records behind those of the start, without what was applied."""
     log.verify()
-    return list(log.records())[2:]
+    return [record for record in log.records() if record.action in ("activate", "revoke")]
 
 
 def test_actor_request_id_and_reason_come_from_the_request(
@@ -409,7 +419,7 @@ def test_a_replay_is_recorded_once(over_http: Any, log: AuditLog, bundles: TinyB
             assert (await client.post(URL, json=body(bundles, 0), headers=key)).is_success
         await client.post(URL, json=body(bundles, 1), headers=key)
         assert [r.error or r.outcome for r in requested(log)] == [
-            "begun", "created", "idempotency-key-reused",
+            "begun", "created", "idempotency-conflict",
         ]  # fmt: skip
 
     over_http(test)

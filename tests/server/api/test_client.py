@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -22,10 +23,12 @@ from alter_core.errors import (
     DomainConflictError,
     DomainNameError,
     DomainNotFoundError,
+    OperationNotFoundError,
     SwitchError,
     UnsupportedEngineError,
 )
 from server import cli, launch
+from server import client as client_module
 from server.audit import AuditEntry, AuditLog
 from server.client import AdminClient
 from server.settings import ServeSettings
@@ -48,7 +51,7 @@ def test_the_client_speaks_the_whole_api(listening: Listening, bundles: TinyBund
     folder = str(bundles.experts["domain-0"])
     with AdminClient(listening.url + "/", TOKEN) as client:
         done = client.activate("a", folder, in_flight="abort", is_new=True, idempotency_key="k")
-        assert (done.outcome, done.epoch) == ("created", 1)
+        assert (done.outcome, done.state, done.epoch) == ("created", "active", 1)
         assert (
             client.activate("a", folder, is_new=True, in_flight="abort", idempotency_key="k")
             == done
@@ -56,9 +59,28 @@ def test_the_client_speaks_the_whole_api(listening: Listening, bundles: TinyBund
         assert client.show("a").digest == done.digest
         assert [d.name for d in client.list_domains().domains] == ["a"]
         assert client.status().slots.used == 1
+        assert client.fleet().active_epoch == 1
         with pytest.raises(AlterError, match="If-Match does not hold"):
             client.revoke("a", if_epoch=0)
-        assert client.revoke("a", if_epoch=1).switch.epoch == 2
+        revoked = client.revoke("a", if_epoch=1)
+        assert (revoked.outcome, revoked.epoch) == ("revoked", 2)
+        assert client.operation(done.id).epoch == 1
+
+
+def test_the_client_waits_as_long_as_it_is_told_to(
+    listening: Listening, bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_WAIT_S", 1)
+    gate: asyncio.Event = listening.call(asyncio.Event)
+    listening.stack.engine.gate = gate
+    folder = str(bundles.experts["domain-0"])
+    with AdminClient(listening.url, TOKEN, timeout_s=2) as client:
+        early = client.activate("a", folder, is_awaited=False)
+        assert early.state == "pending"
+        with pytest.raises(SwitchError, match="does not hold everywhere"):
+            client.revoke("a")
+        listening.call(gate.set)
+        assert client.operation(early.id, wait_s=20).state == "active"
 
 
 def test_the_client_raises_the_servers_errors(listening: Listening, bundles: TinyBundles) -> None:
@@ -76,8 +98,10 @@ def test_the_client_raises_the_servers_errors(listening: Listening, bundles: Tin
             client.show("b")
         with pytest.raises(DomainNameError):
             client.show("a/../x")
-        listening.stack.engine.failure = SwitchError("no worker could copy")
-        with pytest.raises(SwitchError, match="no worker"):
+        with pytest.raises(OperationNotFoundError):
+            client.operation("nothing")
+        listening.call(listening.stack.engine.break_down)
+        with pytest.raises(SwitchError, match="recorded as epoch 2"):
             client.revoke("a")
     for token in (None, "wrong"):
         with AdminClient(listening.url, token) as client, pytest.raises(ConfigError, match="token"):
@@ -103,6 +127,12 @@ def run(*arguments: str, exit_code: int = 0) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
+def fleet_app() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(cli.fleet_command)
+    return app
+
+
 def test_domains_from_the_command_line(
     listening: Listening, bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -115,13 +145,17 @@ def test_domains_from_the_command_line(
     listed = json.loads(run("list", "--json")[0])
     assert (listed["epoch"], listed["domains"][0]["name"]) == (1, "a")
     assert "epoch 1, 1 active" in run("list")[0]
-    assert "domain-0" in run("show", "a")[0]
+    assert listed["domains"][0]["digest"] in run("show", "a")[0]
     assert json.loads(run("show", "a", "--json")[0])["slot"] == 0
 
     out, err = run("revoke", "a", "--if-epoch", "7", exit_code=1)
     assert out == ""
     assert "expected: If-Match" in " ".join(err.split())
-    assert "epoch 2" in run("revoke", "a")[0]
+    assert "a: revoked, active; epoch 2, pause 30 ms" in run("revoke", "a")[0]
+    assert json.loads(run("activate", "a", "domain-0", "--no-wait", "--json")[0])["epoch"] == 3
+    fleet = RUNNER.invoke(fleet_app(), [])
+    assert (fleet.exit_code, "(this one)" in fleet.stdout) == (0, True)
+    run("revoke", "a")
     out, err = run("show", "a", exit_code=1)
     assert (out, err.splitlines()[0]) == ("", "error: No active domain is named 'a'")
     run("activate", "a", "s3://bucket/x", exit_code=1)
@@ -162,6 +196,8 @@ def test_serve_passes_every_other_flag_on(
         "--alter-max-domains", "9", "--alter-admin-token-file", str(tmp_path / "token"),
         "--additional-config", '{"x": 1}', "-O3", "--served-model-name", "m1", "m2",
         "--alter-audit-log", "/a/log", "--alter-tokens-file", "/t/tokens.json",
+        "--alter-registry", "postgresql://h/d", "--alter-store", "/b", "--alter-require-if-match",
+        "--alter-lease-s", "4",
     ]  # fmt: skip
     result = RUNNER.invoke(app, ["serve", "org/model", "--alter-substrate", "/s", *flags])
     assert result.exit_code == 0, result.output
@@ -172,6 +208,8 @@ def test_serve_passes_every_other_flag_on(
     assert settings.admin_token_sha256 is not None
     assert settings.audit_log == Path("/a/log")
     assert settings.tokens_file == Path("/t/tokens.json")
+    assert (settings.registry, settings.store) == ("postgresql://h/d", "/b")
+    assert (settings.require_if_match, settings.lease_s) == (True, 4)
     assert vllm_args == [
         "--max-model-len", "512", "-tp", "2", "--enforce-eager",
         "--speculative-config.method=ngram", "-asc", "1",
@@ -227,7 +265,8 @@ def test_a_reason_goes_from_the_command_line_into_the_audit_log(
         _, err = run("revoke", "a", "--reason", "a\nb", exit_code=2)
         assert "reason cannot be recorded" in err
     records = [r for r in log.records() if r.action != "start"]
-    assert [r.outcome for r in records] == ["begun", "created", "begun", "revoked"]
+    asked = [r.outcome for r in records if r.action != "apply"]
+    assert asked == ["begun", "created", "begun", "revoked"]
     assert {r.reason for r in records} == {reason}
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, WebSocket
 
-from alter_core.errors import SwitchError
+from alter_core.errors import RegistryUnavailableError, SwitchError
 from server.api.app import attach
 from server.api.middleware import is_always_open, route_path
 from tests.support.tiny import TinyBundles
 
-from .conftest import AUTHORIZATION, Listening, Stack
+from .conftest import AUTHORIZATION, WAITING, Listening, Stack
 
 STREAM = "/v1/stream"
 ADMIN = "/admin/forget-domains"
@@ -25,7 +25,7 @@ ADMIN = "/admin/forget-domains"
 def activate(listening: Listening, bundles: TinyBundles, index: int) -> None:
     folder = str(bundles.experts[f"domain-{index}"])
     response = httpx.post(
-        listening.url + ADMIN, json={"name": f"d{index}", "bundle": folder}, headers=AUTHORIZATION
+        listening.url + ADMIN, json={"name": f"d{index}", "bundle": folder}, headers=WAITING
     )
     assert response.status_code == 201, response.text
 
@@ -41,7 +41,7 @@ def test_every_v1_answer_carries_the_epoch(make_stack: Any, bundles: TinyBundles
                     assert response.headers["x-alter-epoch"] == epoch
                     assert "x-alter-epoch-final" not in response.headers
                 assert "x-alter-epoch" not in (await client.get("/version")).headers
-                await stack.service.activate("a", bundles.experts["domain-0"])
+                await stack.activate("a", bundles.experts["domain-0"])
 
     asyncio.run(run())
 
@@ -54,7 +54,7 @@ def test_an_answer_that_spans_a_switch_names_both_epochs(
         async with stack.client() as client:
             waiting = asyncio.create_task(client.post("/v1/wait"))
             await asyncio.sleep(0.05)
-            await stack.service.activate("a", bundles.experts["domain-0"])
+            await stack.activate("a", bundles.experts["domain-0"])
             stack.steps[0].set()
             response = await waiting
         assert response.json() == {"text": "done"}
@@ -79,7 +79,7 @@ def test_a_stream_says_where_a_switch_fell(listening: Listening, bundles: TinyBu
         activate(listening, bundles, 1)
         step(1)
         received.append(next(chunks))
-        listening.run(listening.stack.service.revoke("d0"))
+        listening.run(listening.stack.revoke("d0"))
         step(2)
         received.extend(chunks)
     assert "".join(received) == (
@@ -105,7 +105,7 @@ def break_down(listening: Listening, bundles: TinyBundles) -> None:
     listening.call(listening.stack.engine.break_down)
     folder = str(bundles.experts["domain-3"])
     body = {"name": "broken", "bundle": folder}
-    response = httpx.post(listening.url + ADMIN, json=body, headers=AUTHORIZATION)
+    response = httpx.post(listening.url + ADMIN, json=body, headers=WAITING)
     assert response.status_code == 503
 
 
@@ -131,8 +131,7 @@ def test_waiting_requests_are_answered_when_trust_is_lost(
             waiting = asyncio.create_task(client.post("/v1/wait"))
             await asyncio.sleep(0.05)
             stack.engine.break_down()
-            with contextlib.suppress(Exception):
-                await stack.service.activate("a", bundles.experts["domain-0"])
+            assert (await stack.activate("a", bundles.experts["domain-0"])).state == "failed"
             response = await asyncio.wait_for(waiting, 5)
         assert response.status_code == 503
         assert response.json()["error"]["type"] == "ServiceUnavailableError"
@@ -178,15 +177,15 @@ def test_a_rollback_under_way_refuses_but_cuts_nobody(
             waiting = asyncio.create_task(client.post("/v1/wait"))
             stack.engine.gate = asyncio.Event()
             stack.engine.failure = SwitchError("rolled back")
-            change = asyncio.create_task(stack.service.activate("a", bundles.experts["domain-0"]))
+            asked = await stack.operations.activate("a", bundles.experts["domain-0"])
             while not stack.engine.switches:
                 await asyncio.sleep(0.01)
             stack.engine.is_trusted = False
             assert (await client.post("/v1/completions")).status_code == 503
             stack.engine.is_trusted = True
             stack.engine.gate.set()
-            with pytest.raises(SwitchError):
-                await change
+            await stack.until(lambda: stack.reconciler.error == "switch")
+            assert (await stack.operations.wait(asked, 0)).state == "pending"
             stack.steps[0].set()
             assert (await waiting).status_code == 200
             assert (await client.post("/v1/completions")).status_code == 200
@@ -221,7 +220,7 @@ def test_without_trust_nothing_is_generated(make_stack: Any, is_ready: bool) -> 
         if is_ready:
             stack.engine.is_trusted = False
         else:
-            stack.service._is_ready = False
+            stack.service._canary = None
         async with stack.client() as client:
             for path in closed:
                 response = await client.post(path)
@@ -236,6 +235,50 @@ def test_without_trust_nothing_is_generated(make_stack: Any, is_ready: bool) -> 
             assert (await client.get("/admin/status")).status_code == 200
 
     asyncio.run(run())
+
+
+def test_without_a_lease_nothing_is_generated_until_there_is_one_again(
+    make_stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        stack: Stack = await make_stack()
+        async with stack.client() as client:
+            waiting = asyncio.create_task(client.post("/v1/wait"))
+            await asyncio.sleep(0.05)
+            cut_off(stack, monkeypatch)
+            stack.expire_lease()
+            response = await client.post("/v1/completions")
+            assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+            # The running request is cut although it sends nothing.
+            stack.reconciler._end_generation()
+            assert (await asyncio.wait_for(waiting, 5)).status_code == 503
+            for path, status in (
+                ("/health", 200), ("/ping", 200), ("/health/live", 200), ("/health/ready", 503),
+                ("/v1/models", 200), ("/metrics", 200),
+            ):  # fmt: skip
+                assert (await client.get(path)).status_code == status, path
+            await stack.until(lambda: stack.reconciler.error == "registry-unavailable")
+            assert (await client.get("/admin/status")).json()["status"] == "waiting"
+            assert (await client.get("/admin/forget-domains")).status_code == 200
+            assert (await client.get("/admin/fleet")).status_code == 503
+            monkeypatch.undo()
+            await stack.until(lambda: stack.reconciler.is_ready)
+            assert (await client.post("/v1/completions")).status_code == 200
+            assert (await client.get("/health/ready")).json() == {"status": "ready", "epoch": 0}
+
+    asyncio.run(run())
+
+
+def cut_off(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No transaction with the registry succeeds any more."""
+
+    @contextlib.contextmanager
+    def fail() -> Iterator[None]:
+        raise RegistryUnavailableError("The registry did not carry out a transaction")
+        yield
+
+    for kind in ("read", "write"):
+        monkeypatch.setattr(stack.parts.registry._database, kind, fail)
 
 
 def test_before_there_is_a_service_everything_is_refused() -> None:
@@ -263,11 +306,12 @@ def test_a_client_that_disconnects_leaves_no_half_change(
         httpx.post(
             listening.url + ADMIN,
             json=body,
-            headers=AUTHORIZATION,
+            headers=WAITING,
             timeout=httpx.Timeout(10, read=0.5),
         )
     assert len(stack.engine.switches) == 1
     listening.call(gate.set)
+    listening.run(stack.until(lambda: stack.service.epoch == 1))
     response = httpx.get(f"{listening.url}{ADMIN}/a", headers=AUTHORIZATION)
     assert response.json()["epoch"] == 1
 
@@ -341,7 +385,7 @@ def test_websockets_are_refused_and_cut(
     async def run() -> None:
         stack: Stack = await make_stack()
         runtime = attach(websocket_app)
-        runtime.open(stack.service, None)
+        runtime.open(stack.parts, None)
         scope = {
             "type": "websocket",
             "path": "/v1/realtime",

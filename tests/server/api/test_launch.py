@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from alter_core.config import AlterConfig
 from alter_core.errors import (
     AuditError,
     AuditTamperedError,
@@ -19,6 +20,8 @@ from alter_core.errors import (
     BundleTamperedError,
     ConfigError,
     DomainConflictError,
+    RegistryMismatchError,
+    RegistrySchemaError,
     SubstrateMismatchError,
     UnsupportedEngineError,
     UnsupportedModelError,
@@ -26,6 +29,7 @@ from alter_core.errors import (
 from alter_core.substrate import Substrate
 from server import launch
 from server.audit import AuditEntry, AuditLog
+from server.registry.migrations import VERSION_TABLE
 from server.settings import ServeSettings
 from tests.support.tiny import (
     PROVENANCE,
@@ -385,3 +389,36 @@ def test_without_an_audit_log_or_the_tokens_file_nothing_is_started(
     with pytest.raises(AuditTamperedError, match="record 2 was changed"):
         launch.serve(str(bundles.model), broken, [])
     assert started == []
+
+
+def test_a_registry_of_another_substrate_or_a_newer_version_stops_the_start(
+    settings: ServeSettings,
+    bundles: TinyBundles,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    started: list[Namespace] = []
+    monkeypatch.setattr(launch, "_run", started.append)
+    shared = dataclasses.replace(settings, registry=f"sqlite:///{tmp_path / 'registry.sqlite'}")
+    for _ in range(2):
+        launch.serve(str(bundles.model), shared, [])
+    assert len(started) == 2
+
+    config = AlterConfig(tap_layer=1, rank=4, lora_alpha=8.0, evidence_window=16)
+    other = random_substrate(bundles.model, config)
+    other.write(tmp_path / "other", name="other", training=PROVENANCE)
+    foreign = dataclasses.replace(shared, substrate=tmp_path / "other", domains={})
+    with pytest.raises(RegistryMismatchError, match="another base model or substrate"):
+        launch.serve(str(bundles.model), foreign, [])
+
+    connection = sqlite3.connect(tmp_path / "registry.sqlite")
+    with connection:
+        connection.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+    connection.close()
+    with pytest.raises(RegistrySchemaError):
+        launch.serve(str(bundles.model), shared, [])
+    with pytest.raises(ConfigError, match="URL"):
+        launch.serve(str(bundles.model), dataclasses.replace(shared, registry="mysql://h/d"), [])
+    assert len(started) == 2

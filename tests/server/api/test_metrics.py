@@ -13,7 +13,7 @@ from server.engine.base import RoutedTokens
 from server.metrics import AlterMetrics, RoutedTokenLedger, TokenCount
 from tests.support.tiny import TinyBundles
 
-from .conftest import MAX_DOMAINS, InMemoryEngine
+from .conftest import MAX_DOMAINS, InMemoryEngine, Site
 
 
 @pytest.fixture
@@ -55,21 +55,21 @@ def test_unnamed_slots_are_ignored() -> None:
 
 
 def test_metrics_follow_the_service(
-    substrate: Substrate, bundles: TinyBundles, registry: CollectorRegistry
+    site: Site, bundles: TinyBundles, registry: CollectorRegistry
 ) -> None:
-    engine = InMemoryEngine(MAX_DOMAINS)
-    service = DomainService(engine, substrate, MAX_DOMAINS, metrics=AlterMetrics(registry))
-
     async def run() -> None:
-        await service.activate("a", bundles.experts["domain-0"])
+        server = site.replica(metrics=AlterMetrics(registry))
+        engine, service = server.engine, server.service
+        await server.parts.start({})
+        await server.activate("a", bundles.experts["domain-0"])
         assert tokens(registry, "a", "high") == 0
         engine.counts = {None: (1, 40), 0: (3, 17)}
         await service.collect_routed_tokens()
         assert tokens(registry, "a", "low") == 17
         # Counted after the last collection, and collected by the switch itself.
         engine.counts = {None: (1, 50), 0: (4, 19)}
-        await service.revoke("a")
-        await service.activate("a", bundles.experts["domain-0"])
+        await server.revoke("a")
+        await server.activate("a", bundles.experts["domain-0"])
         engine.counts[0] = (2, 2)
         await service.collect_routed_tokens()
 

@@ -13,18 +13,17 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from alter_core.errors import ConfigError, UnsupportedEngineError
-from alter_core.substrate import Substrate
 from server import launch
 from server import plugin as plugin_module
+from server.api.closed_routes import CLOSED_ROUTES
 from server.audit import AuditLog
-from server.domains import DomainService
 from server.metrics import AlterMetrics
 from server.plugin import AlterEndpointPlugin
 from server.settings import ServeSettings, token_digest
 from server.tokens import TokenStore
 from tests.support.tiny import TinyBundles
 
-from .conftest import AUTHORIZATION, MAX_DOMAINS, TOKEN, InMemoryEngine
+from .conftest import AUTHORIZATION, MAX_DOMAINS, TOKEN, InMemoryEngine, Site
 
 
 def build_vllm_app(monkeypatch: pytest.MonkeyPatch, *flags: str) -> FastAPI:
@@ -42,16 +41,16 @@ def client_of(app: FastAPI, **headers: str) -> httpx.AsyncClient:
 
 
 def test_vllm_finds_the_plugin_and_its_application_is_ours_too(
-    monkeypatch: pytest.MonkeyPatch, substrate: Substrate
+    monkeypatch: pytest.MonkeyPatch, site: Site
 ) -> None:
     app = build_vllm_app(monkeypatch, "--api-key", "key", "--root-path", "/proxy")
     metrics = AlterMetrics()
 
     async def run() -> None:
-        engine = InMemoryEngine(MAX_DOMAINS)
-        service = DomainService(engine, substrate, MAX_DOMAINS, metrics=metrics)
-        app.state.alter.open(service, token_digest(TOKEN))
-        await service.start({})
+        server = site.replica(metrics=metrics)
+        engine = server.engine
+        app.state.alter.open(server.parts, token_digest(TOKEN))
+        await server.parts.start({})
         async with client_of(app, **AUTHORIZATION) as client:
             # vLLM's exception handlers stay out of /admin, and ours out of /v1.
             # With and without a proxy that takes the root path off.
@@ -71,6 +70,8 @@ def test_vllm_finds_the_plugin_and_its_application_is_ours_too(
             assert response.headers["x-alter-epoch"] == "0"
             assert (await client.get("/admin/status", headers=key)).status_code == 401
 
+            for path in ("/health/live", "/health/ready"):
+                assert (await client.get(path)).status_code == 200
             engine.counts[None] = (1, 41)
             exposition = (await client.get("/metrics")).text
             assert 'alter_routed_tokens_total{expert="retain",path="low"} 41.0' in exposition
@@ -101,7 +102,7 @@ def test_every_route_of_vllm_that_may_generate_is_refused_without_trust(
     app = build_vllm_app(monkeypatch, "--enable-scale-out")
     open_paths = {
         "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc", "/load",
-        "/metrics", "/version", "/v1/models", "/admin",
+        "/metrics", "/version", "/v1/models", "/admin", "/health/live",
     }  # fmt: skip
 
     async def run() -> None:
@@ -112,7 +113,8 @@ def test_every_route_of_vllm_that_may_generate_is_refused_without_trust(
                     continue
                 for method in getattr(route, "methods", None) or {"POST"}:
                     response = await client.request(method, path)
-                    assert response.status_code == 503, path
+                    expected = 404 if path in CLOSED_ROUTES else 503
+                    assert response.status_code == expected, path
 
     asyncio.run(run())
 
@@ -152,20 +154,28 @@ def test_the_start_is_recorded_and_the_tokens_file_is_used(
         args = Namespace(alter_settings=settings)
         await plugin.init_state(MagicMock(), app.state, args)
         async with client_of(app, Authorization=f"Bearer {token}") as client:
+            client.headers["Prefer"] = "wait=20"
             assert (await client.delete("/admin/forget-domains/a")).status_code == 200
             assert (await client.delete("/admin/forget-domains/A")).status_code == 404
+        # As when the server stops.
+        async with app.router.lifespan_context(app):
+            assert app.state.alter.is_serving
+        assert not app.state.alter.is_serving
 
     asyncio.run(run())
     records = AuditLog.open_to_read(settings.audit_log).records()
-    assert [(r.actor, r.action, r.outcome) for r in records] == [
+    # What is applied is recorded beside what was asked for.
+    assert sorted((r.actor, r.action, r.outcome) for r in records) == sorted([
         ("server", "start", "begun"),
+        ("server", "start", "done"),
         ("server", "activate", "begun"),
         ("server", "activate", "created"),
-        ("server", "start", "done"),
+        ("server", "apply", "done"),
         ("alice", "revoke", "begun"),
         ("alice", "revoke", "revoked"),
+        ("alice", "apply", "done"),
         ("alice", "revoke", "refused"),
-    ]
+    ])  # fmt: skip
 
 
 def test_vllm_takes_it_for_an_endpoint_plugin() -> None:

@@ -54,6 +54,43 @@ def test_the_audit_log_is_where_it_is_said_to_be(
     assert settings.tokens_file == tmp_path / "flag2"
 
 
+def test_registry_and_store_lie_beside_the_audit_log_unless_they_are_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    digest = "sha256:" + "0123456789abcdef" * 4
+    settings = ServeSettings.build(substrate=Path("/s"), audit_log=tmp_path / "a" / "log")
+    beside = tmp_path / "a"
+    assert settings.registry_url(digest) == f"sqlite:///{beside}/registry-0123456789abcdef.sqlite"
+    assert settings.store_url == str(beside / "bundles")
+    assert settings.cache == beside / "bundle-cache"
+    assert (settings.require_if_match, settings.lease_s) == (False, 10.0)
+    monkeypatch.setenv("ALTER_REGISTRY", "postgresql://host/db")
+    monkeypatch.setenv("ALTER_STORE", "s3://bucket/experts")
+    monkeypatch.setenv("ALTER_REQUIRE_IF_MATCH", "1")
+    monkeypatch.setenv("ALTER_LEASE_S", "4")
+    settings = ServeSettings.build(substrate=Path("/s"))
+    assert settings.registry_url(digest) == "postgresql://host/db"
+    assert settings.store_url == "s3://bucket/experts"
+    assert (settings.require_if_match, settings.lease_s) == (True, 4.0)
+    monkeypatch.chdir(tmp_path)
+    settings = ServeSettings.build(substrate=Path("/s"), registry="sqlite:////r", store="here")
+    assert (settings.registry_url(digest), settings.store_url) == (
+        "sqlite:////r",
+        str(tmp_path / "here"),
+    )
+
+
+@pytest.mark.parametrize("lease_s", [0.0, -1.0, 0.5, float("nan")])
+def test_a_lease_that_cannot_be_renewed_in_time_is_refused(lease_s: float) -> None:
+    with pytest.raises(ConfigError, match="lease"):
+        ServeSettings.build(substrate=Path("/s"), lease_s=lease_s)
+
+
+def test_a_password_in_a_url_is_not_shown() -> None:
+    settings = ServeSettings.build(substrate=Path("/s"), registry="postgresql://u:secret@h/d")
+    assert "secret" not in repr(settings)
+
+
 def test_a_user_without_a_home_has_to_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Path:
         raise RuntimeError("Could not determine home directory.")

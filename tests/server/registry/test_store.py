@@ -16,6 +16,7 @@ import fsspec
 import pytest
 
 from alter_core import ForgetExpert, Substrate
+from alter_core.bundle import Bundle
 from alter_core.errors import (
     BundleError,
     BundleFormatError,
@@ -24,6 +25,7 @@ from alter_core.errors import (
     BundleTamperedError,
     ConfigError,
     RegistryUnavailableError,
+    SubstrateMismatchError,
 )
 from server.registry import BundleStore, ImportPolicy
 from tests.alter_core.crafted import (
@@ -448,3 +450,30 @@ def test_a_bundle_is_imported_over_http_and_no_redirect_is_followed(
         importing.import_from(f"{web}/moved")
     with pytest.raises(BundleNotFoundError):
         importing.import_from(f"{web}/nothing")
+
+
+def test_what_is_applied_is_verified_and_copied_only_from_afar(
+    store: BundleStore, root: str, folder: Path, wanted: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleNotFoundError):
+        store.local(wanted, tmp_path / "cache")
+    store.put(folder)
+    local = store.local(wanted, tmp_path / "cache")
+    assert contents(local) == contents(folder)
+    is_here = not root.startswith("memory")
+    assert local.is_relative_to(tmp_path / ("store" if is_here else "cache"))
+    overwrite(root, wanted, WEIGHTS, b"torn")
+    if is_here:
+        with pytest.raises(BundleTamperedError):
+            store.local(wanted, tmp_path / "cache")
+
+
+def test_a_check_keeps_a_bundle_out(store: BundleStore, folder: Path, wanted: str) -> None:
+    def refuse(bundle: Bundle) -> None:
+        assert bundle.digest == wanted
+        raise SubstrateMismatchError("of another substrate")
+
+    with pytest.raises(SubstrateMismatchError):
+        store.put(folder, check=refuse)
+    with pytest.raises(BundleNotFoundError):
+        store.local(wanted, folder.parent / "cache")

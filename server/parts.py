@@ -1,0 +1,82 @@
+"""Puts one server's parts together, over any engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from alter_core.substrate import Substrate
+from server.audit import AuditLog
+from server.domains import DomainService
+from server.engine.base import ForgetEngine
+from server.lease import Clock, boot_clock
+from server.metrics import AlterMetrics
+from server.operations import OperationService
+from server.reconciler import Reconciler
+from server.registry import BundleStore, Deployment, Registry
+from server.settings import ServeSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What works together in one server."""
+
+    service: DomainService
+    registry: Registry
+    reconciler: Reconciler
+    operations: OperationService
+
+    @classmethod
+    def over(
+        cls,
+        engine: ForgetEngine,
+        substrate: Substrate,
+        registry: Registry,
+        store: BundleStore,
+        cache: Path,
+        *,
+        max_domains: int,
+        metrics: AlterMetrics | None = None,
+        audit_log: AuditLog | None = None,
+        clock: Clock = boot_clock,
+    ) -> Parts:
+        """A server over an engine that nobody else switches. To be used on the running event loop."""
+        service = DomainService(
+            engine, substrate, max_domains, metrics=metrics, audit_log=audit_log
+        )
+        reconciler = Reconciler(service, registry, store, cache, clock=clock)
+        operations = OperationService(registry, store, reconciler, substrate, audit_log=audit_log)
+        return cls(service=service, registry=registry, reconciler=reconciler, operations=operations)
+
+    async def start(self, domains: Mapping[str, Path]) -> None:
+        """Proves the engine, records `domains`, applies what is to be active, and goes on doing so.
+
+        Raises: CanaryError, EngineError, BundleError, DomainError, RegistryError, AuditError; the server
+        must not start.
+        """
+        await self.service.start()
+        await self.operations.ensure(domains)
+        await self.reconciler.start()
+
+    async def stop(self) -> None:
+        """Stops generating, leaves the fleet and closes the registry."""
+        await self.reconciler.stop()
+        self.registry.close()
+
+
+def open_registry(settings: ServeSettings, substrate: Substrate) -> Registry:
+    """Joins the registry, or founds it.
+
+    Raises: ConfigError, RegistrySchemaError, RegistryMismatchError, RegistryUnavailableError.
+    """
+    assert substrate.digest is not None
+    deployment = Deployment(
+        base_model_fingerprint=substrate.base_model.fingerprint, substrate_digest=substrate.digest
+    )
+    return Registry.open(
+        settings.registry_url(substrate.digest),
+        deployment,
+        max_domains=settings.max_domains,
+        lease_s=settings.lease_s,
+    )
