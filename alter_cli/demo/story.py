@@ -129,9 +129,7 @@ class Story:
 
     def _revoke(self, name: str) -> None:
         answer = self._admin.revoke(name)
-        self._console.print(
-            f"[bold]DELETE /admin/forget-domains/{name}[/]: epoch {answer.epoch}"
-        )
+        self._console.print(f"[bold]DELETE /admin/forget-domains/{name}[/]: epoch {answer.epoch}")
 
     def _show_answers(self, title: str) -> None:
         table = Table(

@@ -191,6 +191,11 @@ def _add_switch(figures: Figures, prefix: str, result: Result) -> None:
         Spread(median=percentile(gaps, 99), low=min(gaps), high=max(gaps)),
     )
     figures.add(f"{prefix}/gap_p50_ms", median(gaps))
+    before = [gap * 1000 for gap in result["gap_before_s"]]
+    figures.add(
+        f"{prefix}/gap_before_p99_ms",
+        Spread(median=percentile(before, 99), low=min(before), high=max(before)),
+    )
     figures.add(f"{prefix}/step_ms", result["step_s"] * 1000)
     figures.add(f"{prefix}/pause_ms", Spread.of(p * 1000 for p in result["pause_s"]))
     for count in ("tokens_in_flight", "kept_requests", "recomputed_requests", "recomputed_tokens"):

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from alter_core.errors import EngineError
 from server.api.models import Switch
 
+Span = tuple[float, float]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
@@ -24,6 +26,16 @@ class Change:
     ended: float
     switch: Switch
     """What the server says of it."""
+
+    @property
+    def span(self) -> Span:
+        """From the request to the answer."""
+        return self.started, self.ended
+
+    @property
+    def span_before(self) -> Span:
+        """As long a time, right before the request."""
+        return 2 * self.started - self.ended, self.started
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +52,11 @@ class Stream:
         """When each token came."""
         return list(itertools.accumulate(self.gaps, initial=self.first_token))
 
-    def gaps_across(self, change: Change) -> Iterable[float]:
-        """Those that the change lies in, wholly or in part."""
+    def gaps_across(self, span: Span) -> Iterable[float]:
+        """Those that the span lies in, wholly or in part."""
+        started, ended = span
         for gap, (earlier, later) in zip(self.gaps, itertools.pairwise(self.arrivals), strict=True):
-            if later >= change.started and earlier <= change.ended:
+            if later >= started and earlier <= ended:
                 yield gap
 
     def tokens_at(self, moment: float) -> int:
@@ -53,12 +66,12 @@ class Stream:
         return self.prompt_tokens + sum(arrival <= moment for arrival in self.arrivals)
 
 
-def gap_beyond_step_s(streams: Sequence[Stream], change: Change, step_s: float) -> float:
-    """Longest gap that a change lies in, beyond a plain step.
+def gap_beyond_step_s(streams: Sequence[Stream], span: Span, step_s: float) -> float:
+    """Longest gap that a span lies in, beyond a plain step.
 
     Raises: EngineError if no stream ran across it.
     """
-    gaps = [gap for stream in streams for gap in stream.gaps_across(change)]
+    gaps = [gap for stream in streams for gap in stream.gaps_across(span)]
     if not gaps:
-        raise EngineError("No stream ran while a domain was switched", got="no gap to measure")
+        raise EngineError("No stream ran when a gap was looked for", got="no gap to measure")
     return max(gaps) - step_s

@@ -1,7 +1,8 @@
 """Activations and revocations while 16 streams run: the switch, switch_retain and activation blocks.
 
 The streams are those of vLLM's own benchmark client, one request after another. A switch recomputes those
-that an active expert touches, so a gap grows with their tokens: they are counted.
+that the expert touches that comes or goes, so a gap grows with their tokens: they are counted. In mixed
+traffic that domain has its share. A gap is also looked for in as long a time before each change.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def measure(
     """Switches on a server that has `num_domains` active; a heavy bundle weighs what a 7B's weighs."""
     count = settings.num_domains
     family = (made.heavy_family if is_heavy else made.family)(count + 1)
-    traffic = Traffic(made.prose, made.names, num_domains=count)
+    traffic = Traffic(made.prose, made.names, num_domains=count + 1)
     with our_server(made, family, scratch / "ours.log", num_domains=count, free_slots=1) as ours:
         memory_before = ours.memory_bytes()
         streams, changes = asyncio.run(_under_load(ours, family, traffic, kind, settings))
@@ -53,7 +54,8 @@ def measure(
         "streams": NUM_STREAMS,
         "bundle_bytes": sum(file.stat().st_size for file in bundle.iterdir()),
         "step_s": step_s,
-        "gap_beyond_step_s": [gap_beyond_step_s(streams, change, step_s) for change in changes],
+        "gap_beyond_step_s": [gap_beyond_step_s(streams, c.span, step_s) for c in changes],
+        "gap_before_s": [gap_beyond_step_s(streams, c.span_before, step_s) for c in changes],
         "pause_s": [change.switch.pause_s for change in changes],
         "kept_requests": [change.switch.kept_requests for change in changes],
         "recomputed_requests": [change.switch.recomputed_requests for change in changes],

@@ -51,6 +51,7 @@ def _switch() -> Result:
     return MEASURED | {
         "step_s": 0.02,
         "gap_beyond_step_s": [0.01, 0.02, 0.03],
+        "gap_before_s": [0.001, 0.002, 0.003],
         "pause_s": [0.005, 0.006, 0.007],
         "tokens_in_flight": [900, 1000, 1100],
         "kept_requests": [14, 15, 16],
@@ -104,6 +105,7 @@ def test_named_figures_are_ratios_of_the_headline_model_round_by_round() -> None
     assert values["ttft_p99_ratio"] == pytest.approx(1.1, rel=1e-3)
     assert values["post_to_active_s"] == pytest.approx(0.8)
     assert values["switch_gap_p99_ms"] == pytest.approx(29.8)
+    assert values["150m/switch/gap_before_p99_ms"] == pytest.approx(2.98)
     assert values["150m/scale/slot_memory_over_tensors"] == pytest.approx(1.04, abs=0.001)
     assert values["150m/scale/slot_memory_over_experts"] > 3
     assert values["150m/scale/router_tables_mib"] == pytest.approx(1280)

@@ -22,18 +22,24 @@ STREAMS = [
 
 
 def test_gap_is_the_longest_of_all_streams_that_the_change_lies_in() -> None:
-    found = gap_beyond_step_s(STREAMS, _change(10.25, 10.5), step_s=0.1)
+    found = gap_beyond_step_s(STREAMS, (10.25, 10.5), step_s=0.1)
     assert found == pytest.approx(0.6)
 
 
 def test_gap_that_ends_after_the_answer_counts_too() -> None:
-    assert list(STREAMS[0].gaps_across(_change(10.3, 10.31))) == [0.5]
-    assert list(STREAMS[0].gaps_across(_change(9.0, 9.9))) == []
+    assert list(STREAMS[0].gaps_across((10.3, 10.31))) == [0.5]
+    assert list(STREAMS[0].gaps_across((9.0, 9.9))) == []
 
 
 def test_change_that_no_stream_saw_is_refused() -> None:
     with pytest.raises(EngineError, match="No stream ran"):
-        gap_beyond_step_s(STREAMS, _change(11.2, 11.5), step_s=0.1)
+        gap_beyond_step_s(STREAMS, (11.2, 11.5), step_s=0.1)
+
+
+def test_a_change_is_held_against_as_long_a_time_before_it() -> None:
+    change = _change(10.25, 10.5)
+    assert change.span == (10.25, 10.5)
+    assert change.span_before == (10.0, 10.25)
 
 
 def test_tokens_in_flight_are_those_that_came_and_the_prompts_of_what_runs() -> None:
