@@ -173,12 +173,12 @@ class Reconciler:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # A report that is still under way would put the server on the list again.
+        await asyncio.to_thread(self._threads.shutdown)
         try:
-            async with self._reporting:
-                await self._call(self._registry.release, self.replica_id)
+            await asyncio.to_thread(self._registry.release, self.replica_id)
         except RegistryError as error:
             logger.warning("The registry lists this server until its lease ends: %s", error)
-        self._threads.shutdown(wait=False)
 
     def wake(self, head: int) -> None:
         """Makes it apply the log up to `head` at once; it need not wait to be told by the registry."""
@@ -230,10 +230,12 @@ class Reconciler:
                     await self._restore()
                 self._error = None
             except Exception as error:
-                # The text of an error that is not ours may hold anything.
-                words = error if isinstance(error, AlterError) else type(error).__name__
-                logger.error("Epoch %d could not be applied: %s", self.head, words)
-                self._error = error_kind(error)
+                kind = error_kind(error)
+                if kind != self._error:  # it is tried again and again
+                    # The text of an error that is not ours may hold anything.
+                    words = error if isinstance(error, AlterError) else type(error).__name__
+                    logger.error("Epoch %d could not be applied: %s", self.head, words)
+                self._error = kind
         await self._report()
         if self._error is not None:
             self._tried = max(self._tried, wanted)

@@ -139,11 +139,6 @@ class Registry:
         """For how long a lease is granted."""
         return self._lease.total_seconds()
 
-    @property
-    def deployment(self) -> Deployment:
-        """What this registry's servers serve."""
-        return self._deployment
-
     def close(self) -> None:
         """Closes the connections."""
         self._database.close()
@@ -226,8 +221,11 @@ class Registry:
 
     def operation(self, operation_id: str) -> Change:
         """Raises: OperationNotFoundError."""
+        # PostgreSQL takes no NUL.
+        is_possible = operation_id.isprintable() and len(operation_id) <= ID_LENGTH
+        query = select(ChangeRow).where(ChangeRow.operation_id == operation_id)
         with self._database.read() as session:
-            row = session.scalar(select(ChangeRow).where(ChangeRow.operation_id == operation_id))
+            row = session.scalar(query) if is_possible else None
             if row is None:
                 raise OperationNotFoundError(
                     "The log holds no such operation",

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -339,3 +340,34 @@ def test_damaged_start_up_domain_stops_the_start(bundles: TinyBundles, tmp_path:
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 1
     assert "does not match its manifest" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_server_comes_back_with_the_domains_of_its_registry(
+    bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ALTER_REGISTRY", f"sqlite:///{tmp_path / 'registry.sqlite'}")
+    monkeypatch.setenv("ALTER_STORE", str(tmp_path / "bundles"))
+    flags = ("--alter-max-domains", "2", "--max-model-len", "2048")
+    answers = []
+    for start in range(2):
+        log = tmp_path / f"server-{start}.log"
+        with serve(bundles.model, bundles.substrate, log, flags) as running:
+            running.wait_until_ready()
+            headers = {"Authorization": f"Bearer {running.admin_token}"}
+            with (
+                httpx.Client(base_url=running.url, headers=headers, timeout=60) as admin,
+                OpenAI(base_url=f"{running.url}/v1", api_key="unused") as client,
+            ):
+                if start == 0:
+                    answers.append(_answer(client))
+                    for name, number in (("a", 0), ("b", 1)):
+                        body = {"name": name, "bundle": str(bundles.experts[f"domain-{number}"])}
+                        admin.post("/admin/forget-domains", json=body, headers=WAITING)
+                    admin.delete("/admin/forget-domains/a", headers=WAITING)
+                listed = admin.get("/admin/forget-domains").json()
+                assert (listed["epoch"], [d["name"] for d in listed["domains"]]) == (3, ["b"])
+                answers.append(_answer(client))
+            os.killpg(running.process.pid, signal.SIGKILL)
+    without, before, after = answers
+    assert before == after != without

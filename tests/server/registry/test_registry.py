@@ -91,8 +91,9 @@ def test_the_desired_state_of_every_epoch_follows_from_the_log(registry: Registr
         {"books": (digest(4), 1), "cooks": (digest(3), 0)},
     ]
     assert registry.operation(first.operation_id) == first
-    with pytest.raises(OperationNotFoundError):
-        registry.operation("another")
+    for unknown in ("another", "", "a\0b", "a" * 1000):
+        with pytest.raises(OperationNotFoundError):
+            registry.operation(unknown)
     with pytest.raises(EpochConflictError):
         registry.desired_state(6)
 
