@@ -286,7 +286,9 @@ class Reconciler:
                 self._registry_error = error_kind(error)
             else:
                 self._registry_error = None
-                if state == "serving" and not self._is_restoring and not self._is_stopped:
+                # A restoration may have begun since, and even have failed halfway.
+                is_whole = self._service.is_whole and not self._is_restoring
+                if state == "serving" and is_whole and not self._is_stopped:
                     self._lease.extend(asked_at, lease.duration_s)
                     if self._lease.is_held:
                         self._lease_came.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 
 from alter_core.errors import EngineError, SwitchError
+from server.engine.base import SwitchReport
 from server.lease import HeldLease
 from server.operations import Operation
+from server.registry import BundleStore, ChangeRequest, Heartbeat, Lease
 from tests.support import postgres
 from tests.support.tiny import TinyBundles
 
-from .conftest import InMemoryEngine, Replica, Site
+from .conftest import WAIT_S, InMemoryEngine, Replica, Site
 
 SHORT: dict[str, Any] = {"lease_s": 1.0, "clock_margin_s": 0.2}
 Test = Callable[..., Awaitable[None]]
@@ -267,6 +270,64 @@ def test_a_registry_that_has_lost_changes_gives_no_leave_to_generate(
         assert [d.name for d in server.service.list()] == ["a"]
 
     with_fleet(test, 1)
+
+
+def test_a_report_from_before_a_restoration_that_failed_halfway_brings_no_lease(
+    with_fleet: Any, site: Site, bundles: TinyBundles
+) -> None:
+    async def test(server: Replica) -> None:
+        await server.activate("a", bundles.experts["domain-0"])
+        registry, is_asked, is_answered = (
+            server.parts.registry,
+            threading.Event(),
+            threading.Event(),
+        )
+        heartbeat = registry.heartbeat
+
+        def late(asked: Heartbeat) -> Lease:
+            registry.heartbeat = heartbeat  # type: ignore[method-assign]
+            lease = heartbeat(asked)
+            is_asked.set()
+            is_answered.wait(WAIT_S)
+            return lease
+
+        async with server.reconciler._reporting:
+            registry.heartbeat = late  # type: ignore[method-assign]
+            server.clock.advance(0.6 * registry.lease_s)
+        report = asyncio.create_task(server.reconciler._report())
+        await asyncio.to_thread(is_asked.wait, WAIT_S)
+        # "a" moves to another slot; the expert that takes its place arrives, its own does not.
+        _move_to_the_second_slot(site, "a", bundles)
+        switch = server.engine.switch
+
+        async def once(**options: Any) -> SwitchReport:
+            server.engine.failure = None if options["slot"] == 0 else SwitchError("no worker could")
+            return await switch(**options)
+
+        server.engine.switch = once  # type: ignore[method-assign]
+        server.clock.advance(0.6 * registry.lease_s)
+        server.reconciler._end_generation()
+        await server.until(lambda: server.reconciler.error == "switch")
+        assert not server.service.is_whole
+        is_answered.set()
+        await report
+        assert not server.reconciler.may_generate
+        server.engine.switch = switch  # type: ignore[method-assign]
+        server.engine.failure = None
+        await server.until(lambda: server.reconciler.is_ready)
+        assert [(d.name, d.slot) for d in server.service.list()] == [("a", 1), ("b", 0)]
+
+    with_fleet(test, 1, poll_s=60.0)
+
+
+def _move_to_the_second_slot(site: Site, name: str, bundles: TinyBundles) -> None:
+    registry, store = site.registry(), BundleStore(str(site.store))
+    moved, other = (store.put(bundles.experts[f"domain-{number}"]) for number in (0, 1))
+    registry.append(ChangeRequest(action="revoke", domain=name, actor="ann"))
+    for domain, digest in (("b", other), (name, moved)):
+        registry.append(
+            ChangeRequest(action="activate", domain=domain, bundle_digest=digest, actor="ann")
+        )
 
 
 def test_a_server_that_stops_leaves_the_list_at_once(with_fleet: Any, bundles: TinyBundles) -> None:

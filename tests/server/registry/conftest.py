@@ -57,10 +57,16 @@ class Place:
     def is_postgresql(self) -> bool:
         return self.url.startswith("postgresql")
 
-    def open(self, deployment: Deployment = DEPLOYMENT, **options: Any) -> Registry:
+    def open(
+        self,
+        deployment: Deployment = DEPLOYMENT,
+        *,
+        kind: type[Registry] = Registry,
+        **options: Any,
+    ) -> Registry:
         """A registry as another server would open it."""
         settings = {"max_domains": MAX_DOMAINS, "lease_s": LEASE_S, "clock_margin_s": MARGIN_S}
-        registry = Registry.open(self.url, deployment, **(settings | options))
+        registry = kind.open(self.url, deployment, **(settings | options))
         self.stack.callback(registry.close)
         return registry
 

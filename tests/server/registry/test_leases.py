@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from server.registry import Heartbeat
+from server.registry import Barrier, Heartbeat, Lease, Registry
 
 from .conftest import LEASE_S, MARGIN_S, activation, postgres_place, sqlite_place
 
@@ -39,7 +40,9 @@ class Server:
 class LeaseMachine(RuleBasedStateMachine):
     """See the module."""
 
-    def __init__(self, socket: str | None) -> None:
+    registry_kind: type[Registry] = Registry
+
+    def __init__(self, socket: str | None = None) -> None:
         super().__init__()
         self.stack = contextlib.ExitStack()
         if socket is None:
@@ -60,7 +63,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.registry = self.place.open()
+        self.registry = self.place.open(kind=self.registry_kind)
         self.servers = [Server(f"server-{index}") for index in range(NUM_SERVERS)]
 
     @rule()
@@ -91,6 +94,9 @@ class LeaseMachine(RuleBasedStateMachine):
         if mine.applied == lease.head:
             assert lease.duration_s == LEASE_S
         self.pass_time(delay)
+        self.take(mine, sent, lease)
+
+    def take(self, mine: Server, sent: float, lease: Lease) -> None:
         mine.generates_until = max(mine.generates_until, sent + lease.duration_s)
 
     @rule(server=SERVERS)
@@ -129,7 +135,8 @@ class LeaseMachine(RuleBasedStateMachine):
                 break
             self.held = epoch
         for server in self.servers:
-            assert self.now >= server.generates_until or server.applied >= self.held
+            is_stale = server.applied < self.held
+            assert not is_stale or self.now >= server.generates_until, "a stale server generates"
         if self.held:
             assert self.registry.barrier(self.held).is_passed
 
@@ -148,3 +155,103 @@ def test_no_server_generates_without_a_change_that_holds(
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+class ServerGoesOn(LeaseMachine):
+    """Once granted, a lease never ends."""
+
+    def take(self, mine: Server, sent: float, lease: Lease) -> None:
+        if lease.duration_s > 0:
+            mine.generates_until = float("inf")
+
+
+class ServerCountsFromTheAnswer(LeaseMachine):
+    """A lease begins when the server hears of it."""
+
+    def take(self, mine: Server, sent: float, lease: Lease) -> None:
+        super().take(mine, self.now, lease)
+
+
+class AnybodysBarrier(Registry):
+    """Is passed once one server has applied the change."""
+
+    def barrier(self, epoch: int) -> Barrier:
+        found = super().barrier(epoch)
+        has_one = any(r.holds_lease and r.applied_epoch >= epoch for r in self.replicas())
+        return dataclasses.replace(found, lagging=()) if has_one else found
+
+
+class LeasesForLaggards(Registry):
+    """Grants a lease whatever the server has applied."""
+
+    def heartbeat(self, heartbeat: Heartbeat) -> Lease:
+        return dataclasses.replace(super().heartbeat(heartbeat), duration_s=LEASE_S)
+
+
+class RegistryWithAnybodysBarrier(LeaseMachine):
+    registry_kind = AnybodysBarrier
+
+
+class RegistryWithLeasesForLaggards(LeaseMachine):
+    registry_kind = LeasesForLaggards
+
+
+Step = tuple[Callable[..., None], dict[str, object]]
+PAUSE: list[Step] = [(LeaseMachine.pass_time, {"seconds": s}) for s in (4.0, 4.0, 1.0, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("broken", "steps"),
+    [
+        pytest.param(
+            ServerGoesOn,
+            [
+                (LeaseMachine.report, {"server": 0, "delay": 0.0}),
+                (LeaseMachine.append, {}),
+                *PAUSE,
+                *PAUSE,
+            ],
+            id="a server goes on after its lease",
+        ),
+        pytest.param(
+            ServerCountsFromTheAnswer,
+            [
+                (LeaseMachine.report, {"server": 0, "delay": 3.0}),
+                (LeaseMachine.append, {}),
+                *PAUSE,
+            ],
+            id="a server counts from the answer",
+        ),
+        pytest.param(
+            RegistryWithAnybodysBarrier,
+            [
+                (LeaseMachine.report, {"server": 0, "delay": 0.0}),
+                (LeaseMachine.append, {}),
+                (LeaseMachine.apply_all, {"server": 1}),
+                (LeaseMachine.report, {"server": 1, "delay": 0.0}),
+            ],
+            id="a barrier asks only some",
+        ),
+        pytest.param(
+            RegistryWithLeasesForLaggards,
+            [
+                (LeaseMachine.append, {}),
+                (LeaseMachine.report, {"server": 0, "delay": 0.0}),
+            ],
+            id="a laggard gets a lease",
+        ),
+    ],
+)
+def test_what_is_broken_is_found(broken: type[LeaseMachine], steps: list[Step]) -> None:
+    def play(machine: LeaseMachine) -> None:
+        try:
+            machine.start()
+            for step, fields in steps:
+                step(machine, **fields)
+                machine.what_holds_everywhere_goes_on_holding()
+        finally:
+            machine.teardown()
+
+    play(LeaseMachine())
+    with pytest.raises(AssertionError, match="a stale server generates"):
+        play(broken())
