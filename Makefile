@@ -2,7 +2,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench constraints clean
+.PHONY: help setup demo test check format bench faults constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ format: setup ## Rewrite the sources in the house format
 
 bench: setup ## Measure serving cost (goes on where it was interrupted)
 	$(BIN)/python -m benchmarks.serving
+
+faults: setup ## Inject thousands of faults into fleets, count what breaks (goes on where it was interrupted)
+	$(BIN)/python -m benchmarks.faults
 
 bench-%-quick: setup ## A short version of a benchmark, written to build/ (bench-tofu-quick)
 	$(BIN)/python -m benchmarks.$(subst -,_,$*) --quick

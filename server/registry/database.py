@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -119,7 +120,8 @@ class Database:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except SQLAlchemyError as error:
+        # Those of a driver come as they are where a connection is prepared.
+        except (SQLAlchemyError, psycopg.Error, sqlite3.Error) as error:
             # The text of a driver's error may quote what was being written.
             cause = getattr(error, "orig", None) or error
             raise RegistryUnavailableError(

@@ -21,9 +21,46 @@ SYSTEM_FOLDERS = "/usr/lib/postgresql"
 START_TIMEOUT_S = 60
 
 
+class Server:
+    """One server process over a folder that `initdb` has filled."""
+
+    def __init__(self, folder: Path, binaries: Path, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        self._command: list[str | Path] = [
+            *(binaries / "postgres", "-D", folder / "data", "-k", folder),
+            *("-c", "listen_addresses="),
+        ]
+        self._options = {"cwd": folder, "stdin": subprocess.DEVNULL, **identity}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns once it answers, after recovery if need be."""
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, **self._options
+            )
+        _wait(self._process, self.folder)
+
+    def kill(self) -> None:
+        """As a power cut: nothing is written any more."""
+        assert self._process is not None
+        backends = _children(self._process.pid)
+        for pid in (self._process.pid, *backends):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait(30)
+        (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Fast shutdown."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(30)
+
+
 @contextlib.contextmanager
-def running() -> Iterator[str]:
-    """The folder of its socket. Skips where there are no binaries, or none that may be run."""
+def server() -> Iterator[Server]:
+    """A running one, in a folder of its own. Skips where there are no binaries, or none that may be run."""
     identity = _unprivileged()
     binaries = _binaries(identity)
     # Not below pytest's folder, which is closed to others; and a socket's path must be short.
@@ -31,32 +68,32 @@ def running() -> Iterator[str]:
     try:
         if identity:
             os.chown(folder, identity["user"], identity["group"])
-        data = str(folder / "data")
-        options = {"cwd": folder, "stdin": subprocess.DEVNULL, **identity}
         subprocess.run(
             [
-                *(binaries / "initdb", "-D", data, "-U", "alter", "-A", "trust", "-E", "UTF8"),
-                *("--no-locale", "--no-sync"),
+                *(binaries / "initdb", "-D", folder / "data", "-U", "alter", "-A", "trust"),
+                *("-E", "UTF8", "--no-locale", "--no-sync"),
             ],
             check=True,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            **options,
+            cwd=folder,
+            **identity,
         )
-        with (folder / "log").open("wb") as log:
-            server = subprocess.Popen(
-                [binaries / "postgres", "-D", data, "-k", str(folder), "-c", "listen_addresses="],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                **options,
-            )
+        started = Server(folder, binaries, identity)
+        started.start()
         try:
-            _wait(server, folder)
-            yield str(folder)
+            yield started
         finally:
-            server.send_signal(signal.SIGINT)  # fast shutdown
-            server.wait(30)
+            started.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running() -> Iterator[str]:
+    """The folder of a running server's socket; see `server`."""
+    with server() as started:
+        yield str(started.folder)
 
 
 def execute(socket: str, *statements: str, database: str = "postgres") -> None:
@@ -91,6 +128,11 @@ def _runs(command: Sequence[str | Path], identity: dict[str, Any]) -> bool:
         return subprocess.run(command, capture_output=True, cwd="/", **identity).returncode == 0
     except OSError:
         return False
+
+
+def _children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
 
 
 def _wait(server: subprocess.Popen[bytes], folder: Path) -> None:

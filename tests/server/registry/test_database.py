@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import multiprocessing
+import sqlite3
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
+import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
-from alter_core.errors import ConfigError, EpochConflictError, RegistryError, RegistrySchemaError
+from alter_core.errors import (
+    ConfigError,
+    EpochConflictError,
+    RegistryError,
+    RegistrySchemaError,
+    RegistryUnavailableError,
+)
 from server.registry import Registry
+from server.registry import database as database_module
 from server.registry.database import Database
 from server.registry.migrations import VERSION_TABLE
 from server.registry.schema import Base
@@ -109,6 +118,22 @@ def test_a_database_that_is_not_there_is_reported_without_its_password(tmp_path:
         with pytest.raises(RegistryError) as failure:
             Registry.open(url, DEPLOYMENT, max_domains=MAX_DOMAINS, timeout_s=1.0)
         assert "secret" not in str(failure.value)
+
+
+@pytest.mark.parametrize("error", [psycopg.OperationalError, sqlite3.OperationalError])
+def test_a_connection_that_breaks_while_it_is_prepared_is_reported_as_the_registrys(
+    error: type[Exception], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.open()
+    registry._database.engine.dispose()
+
+    def breaks(*_: object) -> None:
+        raise error("server closed the connection unexpectedly")
+
+    for prepare in ("_prepare_sqlite", "_prepare_postgresql"):
+        monkeypatch.setattr(database_module, prepare, breaks)
+    with pytest.raises(RegistryUnavailableError, match="did not carry out"):
+        registry.head()
 
 
 def test_the_migrations_make_the_schema(place: Place) -> None:
