@@ -285,7 +285,9 @@ class Reconciler:
                     logger.warning("The lease was not renewed: %s", error)
                 self._registry_error = error_kind(error)
             else:
-                self._registry_error = None
+                if self._registry_error is not None:
+                    self._registry_error = None
+                    self._wake.set()  # what waits to be tried again need not wait any longer
                 # A restoration may have begun since, and even have failed halfway.
                 is_whole = self._service.is_whole and not self._is_restoring
                 if state == "serving" and is_whole and not self._is_stopped:

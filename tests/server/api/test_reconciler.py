@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from alter_core.errors import EngineError, SwitchError
+from alter_core.errors import EngineError, RegistryUnavailableError, SwitchError
+from server import reconciler as reconciler_module
 from server.engine.base import SwitchReport
 from server.lease import HeldLease
 from server.operations import Operation
@@ -270,6 +271,32 @@ def test_a_registry_that_has_lost_changes_gives_no_leave_to_generate(
         assert [d.name for d in server.service.list()] == ["a"]
 
     with_fleet(test, 1)
+
+
+def test_a_registry_that_is_back_is_used_at_the_next_report(
+    with_fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(server: Replica) -> None:
+        registry = server.parts.registry
+
+        def gone(*_: Any) -> Any:
+            raise RegistryUnavailableError("no answer")
+
+        with monkeypatch.context() as outage:
+            outage.setattr(registry, "heartbeat", gone)
+            outage.setattr(registry, "desired_state", gone)
+            outage.setattr(registry, "changes_since", gone)
+            await server.until(lambda: server.reconciler.error == "registry-unavailable")
+            server.expire_lease()
+            server.reconciler._end_generation()
+            await server.until(lambda: server.reconciler._error is not None)
+        started = time.monotonic()
+        await server.until(lambda: server.reconciler.is_ready)
+        assert time.monotonic() - started < 2.0
+
+    monkeypatch.setattr(reconciler_module, "RETRY_S", 60.0)
+    monkeypatch.setattr(reconciler_module, "MAX_RETRY_S", 60.0)
+    with_fleet(test, 1, **SHORT)
 
 
 def test_a_report_from_before_a_restoration_that_failed_halfway_brings_no_lease(
