@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from alter_core.errors import AlterError, ConfigError, UnsupportedEngineError
+from server import security_options as options
 from server.api.models import ForgetDomain, Operation
 from server.audit import AuditLog, Head, read_export, verify_chain
 from server.client import DEFAULT_URL, AdminClient
 from server.engine.base import InFlight
 from server.registry.registry import DEFAULT_LEASE_S
+from server.security import SecurityFlags
 from server.settings import (
     DEFAULT_MAX_DOMAINS,
     ServeSettings,
@@ -156,6 +158,14 @@ def serve_command(
             "the registry; so long a change waits for a server that is gone. Environment: ALTER_LEASE_S.",
         ),
     ] = None,
+    signatures: options.Signatures = None,
+    trusted_keys: options.TrustedKeys = None,
+    bundle_sources: options.BundleSources = None,
+    admin_port: options.AdminPortNumber = None,
+    admin_host: options.AdminHost = None,
+    admin_certfile: options.AdminCertfile = None,
+    admin_keyfile: options.AdminKeyfile = None,
+    admin_client_ca: options.AdminClientCa = None,
 ) -> None:
     """Serve MODEL with forget domains; every flag of `vllm serve` may follow."""
     with _reported():
@@ -170,6 +180,16 @@ def serve_command(
             store=store,
             require_if_match=require_if_match,
             lease_s=lease_s,
+            security=SecurityFlags(
+                signatures=signatures,
+                trusted_keys=tuple(trusted_keys or ()),
+                bundle_sources=tuple(bundle_sources or ()),
+                admin_port=admin_port,
+                admin_host=admin_host,
+                admin_certfile=admin_certfile,
+                admin_keyfile=admin_keyfile,
+                admin_client_ca=admin_client_ca,
+            ),
         )
         from server.launch import serve
 
@@ -402,8 +422,12 @@ def _tokens(path: Path | None) -> TokenStore:
 @contextlib.contextmanager
 def _client(url: str, token_file: Path | None) -> Iterator[AdminClient]:
     with _reported():
-        token = resolve_admin_token(token_file, read_environment())
-        with AdminClient(url, token) as client:
+        environment = read_environment()
+        token = resolve_admin_token(token_file, environment)
+        tls = options.client_tls(
+            environment.ca_file, environment.client_cert, environment.client_key
+        )
+        with AdminClient(url, token, tls=tls) as client:
             yield client
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from types import TracebackType
 from typing import TypeVar
@@ -49,7 +50,10 @@ class AdminClient:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         transport: httpx.BaseTransport | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        """`tls`: what to trust and to show where the server's certificate is of an authority of one's own, or
+        clients need one."""
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._url = url
         self._timeout_s = timeout_s
@@ -58,6 +62,7 @@ class AdminClient:
             headers=headers,
             timeout=timeout_s,
             transport=transport,
+            verify=tls or True,
         )
 
     def __enter__(self) -> AdminClient:

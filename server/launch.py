@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import socket
 from argparse import Namespace
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
@@ -32,9 +33,8 @@ from server import memory
 from server.audit import AuditLog
 from server.engine.base import check_servable
 from server.engine.evidence_tables import cache_bytes
-from server.parts import open_registry
+from server.parts import open_registry, open_store
 from server.refusals import is_given, refuse_environment, refuse_unproven
-from server.registry import BundleStore
 from server.settings import ServeSettings
 from server.tokens import TokenStore
 
@@ -170,11 +170,15 @@ def check_artefacts(model: Path, settings: ServeSettings) -> Substrate:
 
     Raises: UnsupportedModelError, UnsupportedEngineError, BundleError, DomainConflictError.
     """
-    substrate = Substrate.read(settings.substrate, BaseModelInfo.from_folder(model))
+    signatures, base_model = settings.security.signatures, BaseModelInfo.from_folder(model)
+    substrate = signatures.read(
+        settings.substrate, lambda folder: Substrate.read(folder, base_model)
+    )
     check_servable(substrate.config)
     names: dict[str, str] = {}
     for name, folder in settings.domains.items():
-        digest = str(ForgetExpert.read(folder, substrate).digest)
+        expert = signatures.read(folder, lambda folder: ForgetExpert.read(folder, substrate))
+        digest = str(expert.digest)
         if digest in names:
             raise DomainConflictError(
                 f"The forget domains {names[digest]!r} and {name!r} name the same bundle",
@@ -192,7 +196,7 @@ def check_registry(settings: ServeSettings, substrate: Substrate) -> None:
     Raises: ConfigError, RegistrySchemaError, RegistryMismatchError, RegistryUnavailableError.
     """
     open_registry(settings, substrate).close()
-    BundleStore(settings.store_url)
+    open_store(settings, substrate)
 
 
 def served_value_bytes(dtype: str, supported: Sequence[torch.dtype]) -> int:
@@ -285,6 +289,7 @@ def configure(args: Namespace, settings: ServeSettings, substrate: Substrate) ->
         )
     additional[PLUGIN] = {
         "substrate": str(settings.substrate),
+        "substrate_digest": substrate.digest,
         "max_domains": settings.max_domains,
         "installation": installation_fingerprint(substrate, settings.max_domains),
     }
@@ -295,6 +300,22 @@ def configure(args: Namespace, settings: ServeSettings, substrate: Substrate) ->
     args.async_scheduling = False
     args.api_server_count = None
     args.alter_settings = settings
+    args.alter_admin_listener = _bind_admin(settings, args)
+
+
+def _bind_admin(settings: ServeSettings, args: Namespace) -> socket.socket | None:
+    """Raises: ConfigError."""
+    where = settings.security.admin_port
+    if where is None:
+        return None
+    if where.port == args.port and args.uds is None:
+        raise ConfigError(
+            "The admin port is the one that serves",
+            expected="a port of its own",
+            got=f"{where.port} for both",
+            fix="Set --alter-admin-port or --port.",
+        )
+    return where.bind()
 
 
 def installation_fingerprint(substrate: Substrate, max_domains: int) -> str:

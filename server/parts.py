@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from alter_core.substrate import Substrate
+from alter_core.substrate import Substrate, max_expert_bytes
 from server.audit import AuditLog
 from server.domains import DomainService
 from server.engine.base import ForgetEngine
@@ -79,4 +79,14 @@ def open_registry(settings: ServeSettings, substrate: Substrate) -> Registry:
         deployment,
         max_domains=settings.max_domains,
         lease_s=settings.lease_s,
+    )
+
+
+def open_store(settings: ServeSettings, substrate: Substrate) -> BundleStore:
+    """The store, which takes and gives only bundles that this server may use. Raises: ConfigError."""
+    return BundleStore(
+        settings.store_url,
+        imports=settings.security.sources,
+        signatures=settings.security.signatures,
+        max_bundle_bytes=max_expert_bytes(substrate),
     )

@@ -14,8 +14,7 @@ from alter_core.substrate import Substrate
 from server.api.app import attach
 from server.audit import AuditLog
 from server.metrics import AlterMetrics
-from server.parts import Parts, open_registry
-from server.registry import BundleStore
+from server.parts import Parts, open_registry, open_store
 from server.settings import ServeSettings
 from server.tokens import TokenStore
 
@@ -62,12 +61,12 @@ class AlterEndpointPlugin:
         from server.engine.vllm_engine import VllmForgetEngine
 
         audit_log = AuditLog.open(settings.audit_log)
-        substrate = Substrate.read(settings.substrate)
+        substrate = settings.security.signatures.read(settings.substrate, Substrate.read)
         parts = Parts.over(
             VllmForgetEngine(engine_client),
             substrate,
             open_registry(settings, substrate),
-            BundleStore(settings.store_url),
+            open_store(settings, substrate),
             settings.cache,
             max_domains=settings.max_domains,
             metrics=AlterMetrics(),
@@ -79,8 +78,11 @@ class AlterEndpointPlugin:
             tokens=None if settings.tokens_file is None else TokenStore(settings.tokens_file),
             audit=audit_log,
             requires_if_match=settings.require_if_match,
+            sources=settings.security.sources,
         )
         await parts.start(settings.domains)
+        if (where := settings.security.admin_port) is not None:
+            state.alter.listen_apart(where, args.alter_admin_listener)
         logger.info(
             "Epoch %d: %d forget domains are active",
             parts.service.epoch,

@@ -11,6 +11,7 @@ ALTER_REGISTRY           URL of the registry's database
 ALTER_STORE              folder or URL of the bundle store
 ALTER_REQUIRE_IF_MATCH   1: refuse changes that name no epoch
 ALTER_LEASE_S            seconds of generating without word of the registry
+ALTER_SIGNATURES, ALTER_TRUSTED_KEYS, ALTER_BUNDLE_SOURCES, ALTER_ADMIN_PORT and the like: `server.security`
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from alter_core.errors import ConfigError
 from server.domain_rules import check_domain_name
 from server.registry.registry import DEFAULT_LEASE_S
+from server.security import Security, SecurityEnvironment, SecurityFlags
 
 DEFAULT_MAX_DOMAINS = 64
 ENV_PREFIX = "ALTER_"
@@ -61,6 +63,8 @@ class ServeSettings:
     lease_s: float = DEFAULT_LEASE_S
     """For how long this server may generate without word of the registry, >= MIN_LEASE_S seconds. The fleet
     waits so long, and a margin, for one that is gone."""
+    security: Security = dataclasses.field(default_factory=Security)
+    """Signatures, sources of bundles, and the port of /admin."""
 
     def __post_init__(self) -> None:
         if self.max_domains < 1:
@@ -116,6 +120,7 @@ class ServeSettings:
         store: str | None = None,
         require_if_match: bool = False,
         lease_s: float | None = None,
+        security: SecurityFlags | None = None,
     ) -> ServeSettings:
         """Fills what no flag gives from the environment. `domains` are `NAME=DIR` texts.
 
@@ -131,8 +136,9 @@ class ServeSettings:
                 fix="Set --alter-substrate or ALTER_SUBSTRATE.",
             )
         token = resolve_admin_token(admin_token_file, environment)
+        substrate = substrate.expanduser().absolute()
         return cls(
-            substrate=substrate.expanduser().absolute(),
+            substrate=substrate,
             domains=_parse_domains(tuple(domains) or _split(environment.domains)),
             max_domains=max_domains if max_domains is not None else environment.max_domains,
             admin_token_sha256=None if token is None else token_digest(token),
@@ -142,10 +148,11 @@ class ServeSettings:
             store=_place(store or environment.store),
             require_if_match=require_if_match or environment.require_if_match,
             lease_s=lease_s if lease_s is not None else environment.lease_s,
+            security=Security.build(security or SecurityFlags(), environment, substrate),
         )
 
 
-class Environment(BaseSettings):
+class Environment(SecurityEnvironment):
     """The ALTER_* variables. `Environment()` raises pydantic's ValidationError for a bad value."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="ignore")

@@ -7,12 +7,17 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.routing import Mount
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .attempts import AttemptMiddleware
 from .auth import BearerAuth, RoleGuard
+from .body_limit import BodyLimit
+from .closed_routes import closed
 from .health import router as health_router
 from .middleware import EpochMiddleware
 from .problems import add_problem_handlers
@@ -36,12 +41,15 @@ def attach(app: FastAPI) -> AlterRuntime:
         Middleware(BearerAuth, runtime=runtime),
         Middleware(AttemptMiddleware, runtime=runtime),
         Middleware(RoleGuard),
+        Middleware(BodyLimit),
     ]
-    app.router.routes.append(Mount(ADMIN, app=admin, middleware=guards))
+    elsewhere = Middleware(_OnServingPort, runtime=runtime)
+    app.router.routes.append(Mount(ADMIN, app=admin, middleware=[elsewhere, *guards]))
+    runtime.own_port_app = _own_port_app(admin, guards)
     app.include_router(health_router)
     app.add_middleware(EpochMiddleware, runtime=runtime)
     _close_at_the_end(app, runtime)
-    _join_openapi(app, admin)
+    _join_openapi(app, admin, runtime)
     return runtime
 
 
@@ -70,6 +78,30 @@ def _close_at_the_end(app: FastAPI, runtime: AlterRuntime) -> None:
     app.router.lifespan_context = lifespan
 
 
+def _own_port_app(admin: FastAPI, guards: list[Middleware]) -> Starlette:
+    """What listens on a port of its own: `/admin`, and the description of it."""
+    description = admin.openapi()
+    paths = {ADMIN + path: item for path, item in description["paths"].items()}
+
+    async def describe(request: Request) -> JSONResponse:
+        return JSONResponse(description | {"paths": paths})
+
+    routes = [Route("/openapi.json", describe), Mount(ADMIN, app=admin, middleware=guards)]
+    return Starlette(routes=routes)
+
+
+class _OnServingPort:
+    """Keeps `/admin` off the port that serves once it has one of its own."""
+
+    def __init__(self, app: ASGIApp, runtime: AlterRuntime) -> None:
+        self._app = app
+        self._runtime = runtime
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer: ASGIApp = closed() if self._runtime.has_own_port else self._app
+        await answer(scope, receive, send)
+
+
 class _WholePath:
     """Puts the root path back in front of the path where a proxy has taken it off.
 
@@ -86,11 +118,13 @@ class _WholePath:
         await self._app(scope, receive, send)
 
 
-def _join_openapi(app: FastAPI, admin: FastAPI) -> None:
+def _join_openapi(app: FastAPI, admin: FastAPI, runtime: AlterRuntime) -> None:
     """Lets `/openapi.json` of `app` describe the admin side too."""
     describe: Callable[[], dict[str, Any]] = app.openapi
 
     def joined() -> dict[str, Any]:
+        if runtime.has_own_port:
+            return describe()
         if app.openapi_schema is None:
             schema, ours = describe(), admin.openapi()
             schema["paths"] |= {ADMIN + path: item for path, item in ours["paths"].items()}

@@ -23,6 +23,8 @@ from server.registry.records import Action, ReplicaState
 REASON = "x-alter-reason"
 """Header with the reason of a DELETE: percent-encoded UTF-8."""
 
+MAX_LOCATION_LENGTH = 4096
+
 _DIGEST = "sha256:9f2b4c1d7e8a3056b1c2d3e4f5061728394a5b6c7d8e9f00112233445566778a"
 _DOMAIN_EXAMPLE: dict[str, Any] = {
     "name": "authors",
@@ -95,8 +97,12 @@ class ActivateRequest(BaseModel):
         },
     )
 
-    name: str = Field(description="1 to 63 of a-z, 0-9 and '-'.")
-    bundle: str = Field(description="Absolute path on the server's machine, or a file:// URI.")
+    name: str = Field(max_length=MAX_LOCATION_LENGTH, description="1 to 63 of a-z, 0-9 and '-'.")
+    bundle: str = Field(
+        max_length=MAX_LOCATION_LENGTH,
+        description="Absolute path on the server's machine, or a URL, below one of the sources that the "
+        "server was started with.",
+    )
     in_flight: InFlight = Field(
         default="recompute",
         description="Running requests are recomputed under the new experts, or aborted.",

@@ -118,7 +118,7 @@ async def activate(
     202 and the operation to poll at `Location`; with `Prefer: wait=N` 201 for a new name, 200 for
     another one, as soon as no server can generate a token without it.
     """
-    bundle = bundle_path(body.bundle)
+    bundle = _allowed(request, body.bundle)
     condition = _condition(request, if_match, if_none_match)
     operation = await parts.operations.activate(
         body.name,
@@ -294,6 +294,18 @@ def _condition(
     return condition
 
 
+def _allowed(request: Request, bundle: str) -> Path | str:
+    """The folder, without links, or the URL that a request names.
+
+    Raises: BundleNotFoundError, BundleSourceError.
+    """
+    runtime: AlterRuntime = request.app.state.alter
+    if re.match(r"(?i)(?!file:)[a-z][a-z0-9+.-]*:", bundle) is not None:
+        runtime.sources.check(bundle)
+        return bundle
+    return Path(runtime.sources.resolve(str(bundle_path(bundle))))
+
+
 def bundle_path(text: str) -> Path:
     """The folder that a request's `bundle` names: an absolute path or a file URI without a host.
 
@@ -306,9 +318,9 @@ def bundle_path(text: str) -> Path:
     if not text.startswith("/") or "\0" in text:
         raise BundleNotFoundError(
             "This bundle cannot be located",
-            expected="an absolute path on the server's machine, or file:///absolute/path",
+            expected="an absolute path on the server's machine, file:///absolute/path, or a URL",
             got=repr(text[:200]),
-            fix="Copy the bundle to the server's machine first; other schemes are not supported.",
+            fix="Copy the bundle to the server's machine, or to a place of --alter-bundle-sources.",
         )
     return Path(text)
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
+from starlette.types import ASGIApp
+
+from server.admin_port import AdminPort, AdminServer
 from server.audit import AuditLog
 from server.parts import Parts
+from server.registry import ImportPolicy
 from server.tokens import TokenStore
 
 
@@ -40,6 +45,10 @@ class AlterRuntime:
         self.tokens: TokenStore | None = None
         self.audit: AuditLog | None = None
         self.requires_if_match = False
+        self.sources = ImportPolicy()
+        self.own_port_app: ASGIApp | None = None
+        """What would listen on a port of its own."""
+        self.admin_server: AdminServer | None = None
         self._passages: set[Passage] = set()
 
     def open(
@@ -50,23 +59,38 @@ class AlterRuntime:
         tokens: TokenStore | None = None,
         audit: AuditLog | None = None,
         requires_if_match: bool = False,
+        sources: ImportPolicy | None = None,
     ) -> None:
         """Lets requests through, for as long as the server may generate.
 
         `audit` is the server's own log, for what is refused before it gets there. `requires_if_match`:
-        no change without If-Match or If-None-Match.
+        no change without If-Match or If-None-Match. `sources` says where bundles that a request names may
+        lie; None: nowhere.
         """
         self.parts = parts
         self.admin_token_sha256 = admin_token_sha256
         self.tokens = tokens
         self.audit = audit
         self.requires_if_match = requires_if_match
+        self.sources = sources or ImportPolicy()
         parts.reconciler.on_lapse.append(self.cut_all)
 
     async def close(self) -> None:
         """When the server stops."""
+        if self.admin_server is not None:
+            await self.admin_server.close()
         if self.parts is not None:
             await self.parts.stop()
+
+    def listen_apart(self, where: AdminPort, listener: socket.socket) -> None:
+        """Serves `/admin` on a port of its own from now on, and on the other one no longer."""
+        assert self.own_port_app is not None
+        self.admin_server = AdminServer(where, listener, self.own_port_app)
+
+    @property
+    def has_own_port(self) -> bool:
+        """True if `/admin` is not to be reached on the port that serves."""
+        return self.admin_server is not None
 
     @property
     def is_serving(self) -> bool:

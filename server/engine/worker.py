@@ -70,6 +70,14 @@ class AlterWorkerMixin:
         settings = self.vllm_config.additional_config["alter"]
         scheduler = self.vllm_config.scheduler_config
         self._substrate = Substrate.read(Path(settings["substrate"]))
+        # `alter serve` names what it has verified; who builds an engine without it reads its own files.
+        wanted = settings.get("substrate_digest", self._substrate.digest)
+        if self._substrate.digest != wanted:
+            raise EngineError(
+                "The substrate changed between verification and loading",
+                expected=wanted,
+                got=str(self._substrate.digest),
+            )
         self._gate, self._slots = install(
             self.model_runner.get_model(),
             self._substrate,

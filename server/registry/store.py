@@ -67,6 +67,8 @@ class ImportPolicy:
     sources: tuple[str, ...] = ()
     """URLs such as `file:///bundles` or `s3://bucket/experts`: what has the same scheme and host and lies
     below the path is allowed."""
+    folders: tuple[Path, ...] = ()
+    """The same for folders of this machine, absolute; names that no URL can hold are no matter here."""
 
     def __post_init__(self) -> None:
         for source in self.sources:
@@ -87,9 +89,9 @@ class ImportPolicy:
     def resolve(self, folder: str) -> str:
         """A local folder without links, if it lies below an allowed one. Raises: BundleSourceError."""
         resolved = os.path.realpath(folder)
-        for source in self._split():
-            allowed = os.path.realpath(source.path)
-            if source.scheme == "file" and Path(resolved).is_relative_to(allowed):
+        urls = [source.path for source in self._split() if source.scheme == "file"]
+        for allowed in (*urls, *self.folders):
+            if Path(resolved).is_relative_to(os.path.realpath(allowed)):
                 return resolved
         raise self._refusal()
 
@@ -97,11 +99,12 @@ class ImportPolicy:
         return [parts for parts in map(_split, self.sources) if parts is not None]
 
     def _refusal(self) -> BundleSourceError:
+        places = [*map(str, self.folders), *self.sources]
         return BundleSourceError(
             "Bundles may not be imported from there",
-            expected=f"a URL below one of: {', '.join(self.sources) or '(none is allowed)'}",
+            expected=f"a place below one of: {', '.join(places) or '(none is allowed)'}",
             got="another place, or a URL that leaves open where it leads",
-            fix="Copy the bundle to an allowed place, or start the server with that source.",
+            fix="Copy the bundle to an allowed place, or start the server with --alter-bundle-sources.",
         )
 
 

@@ -226,6 +226,8 @@ def test_the_store_takes_and_gives_only_what_is_signed(
     digest = BundleStore(root).put(folder)
     with pytest.raises(BundleSignatureError):
         store.fetch(digest, cache)
+    with pytest.raises(BundleSignatureError):
+        store.local(digest, cache)
     BundleStore(root).fetch(digest, cache)  # nor does the cache make it trusted
     with pytest.raises(BundleSignatureError):
         store.fetch(digest, cache)
@@ -235,6 +237,7 @@ def test_the_store_takes_and_gives_only_what_is_signed(
     fetched = store.fetch(digest, cache)
     assert (fetched / SIGNATURE).read_bytes() == (folder / SIGNATURE).read_bytes()
     assert store.fetch(digest, cache) == fetched
+    assert read(store.local(digest, cache), policy) == digest
     (fetched / "weights.safetensors").write_bytes(b"torn")
     assert read(store.fetch(digest, cache), policy) == digest
 

@@ -33,7 +33,7 @@ from server.metrics import AlterMetrics
 from server.operations import Operation, OperationService
 from server.parts import Parts
 from server.reconciler import Reconciler
-from server.registry import BundleStore, Deployment, Registry
+from server.registry import BundleStore, Deployment, ImportPolicy, Registry
 from server.settings import token_digest
 from server.tokens import TokenStore
 from tests.support.tiny import PROVENANCE, TinyBundles, make_bundles, random_expert
@@ -282,7 +282,7 @@ def generating_app(steps: list[asyncio.Event]) -> FastAPI:
 
 
 @pytest.fixture
-def make_stack(site: Site) -> Callable[..., Any]:
+def make_stack(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Builds a stack inside a running loop."""
 
     async def build(
@@ -305,6 +305,7 @@ def make_stack(site: Site) -> Callable[..., Any]:
             tokens=tokens,
             audit=audit_log,
             requires_if_match=requires_if_match,
+            sources=ImportPolicy(folders=(tmp_path_factory.getbasetemp(),)),
         )
         await replica.parts.start({})
         return Stack(replica.parts, replica.engine, replica.clock, app, runtime, steps)

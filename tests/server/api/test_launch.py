@@ -210,6 +210,7 @@ def test_vllm_gets_our_worker_and_keeps_the_users_configuration(
         "mine": {"x": 1},
         "alter": {
             "substrate": str(settings.substrate),
+            "substrate_digest": substrate.digest,
             "max_domains": 5,
             "installation": launch.installation_fingerprint(substrate, 5),
         },
