@@ -160,7 +160,8 @@ async def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(sta
             assert answer.json()["type"].endswith(":body-too-large")
             assert answer.headers["x-request-id"]
         whole = json.dumps({"name": "a", "bundle": "/none"}).encode().ljust(MAX_BODY_BYTES)
-        answer = await client.post("/admin/forget-domains", content=whole)
+        is_json = {"Content-Type": "application/json"}
+        answer = await client.post("/admin/forget-domains", content=whole, headers=is_json)
         assert answer.json()["type"].endswith(":bundle-source")
 
 
