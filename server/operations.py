@@ -165,14 +165,15 @@ class OperationService:
     async def activate(
         self,
         name: str,
-        bundle: Path,
+        bundle: Path | str,
         in_flight: InFlight = "recompute",
         *,
         precondition: Precondition | None = None,
         idempotency: IdempotencyKey | None = None,
         cause: Cause | None = None,
     ) -> Operation:
-        """Records that the bundle in a folder, checked and stored before, is to be that of domain `name`.
+        """Records that the bundle in a folder, or at a URL that the store may import from, is to be that of
+        domain `name`. It is checked and stored before.
 
         Raises: DomainNameError, BundleError, DomainConflictError, NoFreeSlotError,
         IdempotencyConflictError or what `precondition` raises, and nothing is recorded; AuditError, and
@@ -184,9 +185,7 @@ class OperationService:
             check_domain_name(name)
             if (earlier := await self._replayed(idempotency)) is not None:
                 return earlier
-            attempt.digest = await asyncio.to_thread(
-                self._store.put, bundle, check=self._check_expert
-            )
+            attempt.digest = await asyncio.to_thread(self._put, bundle)
             request = attempt.request(bundle_digest=attempt.digest, in_flight=in_flight)
             return await self._change(attempt, request, precondition, idempotency)
 
@@ -255,6 +254,12 @@ class OperationService:
         except RegistryUnavailableError:
             return operation
         return dataclasses.replace(now, epoch=operation.epoch, is_replayed=operation.is_replayed)
+
+    def _put(self, bundle: Path | str) -> str:
+        """The digest. Raises: BundleError."""
+        if isinstance(bundle, Path):
+            return self._store.put(bundle, check=self._check_expert)
+        return self._store.import_from(bundle, check=self._check_expert)
 
     def _check_expert(self, bundle: Bundle) -> None:
         """Raises: BundleError for what no server of this deployment could apply."""

@@ -89,7 +89,7 @@ class ImportPolicy:
     def resolve(self, folder: str) -> str:
         """A local folder without links, if it lies below an allowed one. Raises: BundleSourceError."""
         resolved = os.path.realpath(folder)
-        urls = [source.path for source in self._split() if source.scheme == "file"]
+        urls = [Path(source.path) for source in self._split() if source.scheme == "file"]
         for allowed in (*urls, *self.folders):
             if Path(resolved).is_relative_to(os.path.realpath(allowed)):
                 return resolved
