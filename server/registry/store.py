@@ -151,8 +151,14 @@ class BundleStore:
         with _storage_errors():
             return self._take(LocalFileSystem(), str(folder.absolute()), check)
 
-    def import_from(self, url: str, *, storage_options: Mapping[str, Any] | None = None) -> str:
-        """Stores the bundle at a URL that the import policy allows; returns its digest.
+    def import_from(
+        self,
+        url: str,
+        *,
+        check: BundleCheck | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Stores the bundle at a URL that the import policy allows; returns its digest. `check`: see `put`.
 
         Raises: BundleSourceError, or another BundleError.
         """
@@ -164,7 +170,7 @@ class BundleStore:
             fs, folder = url_to_fs(url, **options)
             if isinstance(fs, LocalFileSystem):
                 folder = self._imports.resolve(folder)
-            return self._take(fs, folder.rstrip("/"))
+            return self._take(fs, folder.rstrip("/"), check)
 
     def local(self, digest: str, cache: Path) -> Path:
         """A verified folder of a bundle on this machine: the store's own if it lies here, else as `fetch`.
@@ -208,7 +214,7 @@ class BundleStore:
                 _settle(staging, target, digest)
         return target
 
-    def _take(self, fs: AbstractFileSystem, folder: str, check: BundleCheck | None = None) -> str:
+    def _take(self, fs: AbstractFileSystem, folder: str, check: BundleCheck | None) -> str:
         if self._is_local:
             Path(self._root, "sha256").mkdir(parents=True, exist_ok=True)
         with _private_folder(Path(self._root) if self._is_local else None) as staging:

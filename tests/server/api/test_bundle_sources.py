@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from server.api.body_limit import MAX_BODY_BYTES
@@ -131,6 +132,27 @@ async def test_a_bundle_that_no_trusted_key_has_signed_changes_nothing(
     assert problem["title"] == "No trusted key has signed the bundle as it is"
     async with stack.client() as client:
         assert (await client.get("/admin/status")).json()["epoch"] == 0
+
+
+async def test_a_url_below_a_source_is_imported(
+    stack: Any, bundles: TinyBundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = ImportPolicy(sources=("memory://experts",))
+    monkeypatch.setattr(stack.runtime, "sources", policy)
+    store = BundleStore(str(stack.parts.operations._store._root), imports=policy)
+    monkeypatch.setattr(stack.parts.operations, "_store", store)
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{bundles.experts['domain-0']}/", "/experts/domain-0/", recursive=True)
+    try:
+        async with stack.client() as client:
+            answer = await client.post(
+                "/admin/forget-domains",
+                json={"name": "a", "bundle": "memory://experts/domain-0"},
+            )
+    finally:
+        memory.store.clear()
+    assert answer.status_code == 201
+    assert len(stack.engine.switches) == 1
 
 
 async def test_names_and_places_are_bounded(stack: Any) -> None:
