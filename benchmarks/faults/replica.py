@@ -22,7 +22,7 @@ from server.api.app import attach
 from server.audit import AuditLog
 from server.domains import DomainService
 from server.parts import Parts
-from server.registry import Deployment
+from server.registry import Deployment, ImportPolicy
 from server.settings import token_digest
 from tests.support.engine_double import EngineDouble
 
@@ -85,7 +85,12 @@ async def _serve(settings: ReplicaSettings, points: Points) -> None:
     app = FastAPI()
     _add_stream(app, engine, parts.service)
     runtime = attach(app)
-    runtime.open(parts, token_digest(settings.token), audit=audit_log)
+    runtime.open(
+        parts,
+        token_digest(settings.token),
+        audit=audit_log,
+        sources=ImportPolicy(folders=(settings.substrate.parent,)),
+    )
     await parts.start({})
     config = uvicorn.Config(
         app, host="127.0.0.1", port=settings.port, log_level="critical", lifespan="on"
