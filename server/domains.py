@@ -123,6 +123,7 @@ class DomainService:
         self._is_switching = False
         self._distrust: str | None = None
         self._recorded_failure: tuple[int, str] | None = None
+        self._proven_epoch = 0
         self._reports: OrderedDict[int, SwitchReport] = OrderedDict()
         self._collection: asyncio.Task[None] | None = None
         self.on_distrust: list[Callable[[], None]] = []
@@ -132,6 +133,11 @@ class DomainService:
     def epoch(self) -> int:
         """The epoch that is applied; 0 before the first change."""
         return self._epoch
+
+    @property
+    def proven_epoch(self) -> int:
+        """The same, but only once the workers were asked after the switch what they apply."""
+        return self._proven_epoch
 
     @property
     def is_whole(self) -> bool:
@@ -182,13 +188,9 @@ class DomainService:
         has changed; EngineError, and the engine is not trusted any more.
         """
         assert change.epoch == self._epoch + 1, "changes are applied in their order"
-        report = await self._switch(
+        return await self._switch(
             await self._planned(change, bundle, epoch=change.epoch, engine_epoch=change.epoch)
         )
-        self._reports[change.epoch] = report
-        if len(self._reports) > MAX_REPORTS:
-            self._reports.popitem(last=False)
-        return report
 
     async def restore(self, desired: DesiredState, bundle_of: BundleOf) -> None:
         """Brings the engine to a state of the log, from whatever it applies. Nothing may be generated
@@ -222,7 +224,8 @@ class DomainService:
                 )
             self._is_whole = False
             await self._switch(switch)
-        self._epoch, self._is_whole = desired.epoch, True
+        self._epoch = self._proven_epoch = desired.epoch
+        self._is_whole = True
         self._metrics.set_state(epoch=self._epoch, num_domains=len(self._domains))
 
     def list(self) -> tuple[ActiveDomain, ...]:
@@ -351,6 +354,7 @@ class DomainService:
         finally:
             self._is_switching = False
         await self._verify()
+        self._proven_epoch = self._epoch
         return report
 
     def _publish(self, switch: _Switch, report: SwitchReport) -> None:
@@ -368,6 +372,9 @@ class DomainService:
         self._domains, self._engine_epoch = domains, report.epoch
         if self._is_whole:
             self._epoch = report.epoch
+            self._reports[report.epoch] = report
+            if len(self._reports) > MAX_REPORTS:
+                self._reports.popitem(last=False)
         self._ledger.restart(switch.slot)
         self._metrics.set_state(epoch=self._epoch, num_domains=len(domains))
         self._metrics.observe_switch(report)

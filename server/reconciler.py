@@ -86,7 +86,7 @@ class Reconciler:
     @property
     def is_ready(self) -> bool:
         """True while it may generate, and applies all that it knows of the log."""
-        return self.may_generate and self._service.epoch >= self._head
+        return self.may_generate and self._service.proven_epoch >= self._head
 
     @property
     def head(self) -> int:
@@ -95,8 +95,8 @@ class Reconciler:
 
     @property
     def applied(self) -> int:
-        """The epoch that this server applies."""
-        return self._service.epoch
+        """The epoch that this server has proven to apply."""
+        return self._service.proven_epoch
 
     @property
     def tried(self) -> int:
@@ -272,7 +272,7 @@ class Reconciler:
             asked_at, state, known = self._lease.now(), self._state(), self.head
             heartbeat = Heartbeat(
                 replica_id=self.replica_id,
-                applied_epoch=self._service.epoch,
+                applied_epoch=self._service.proven_epoch,
                 state=state,
                 last_error="engine" if not self._service.is_trusted else self._error,
             )
@@ -309,7 +309,7 @@ class Reconciler:
         if self._error is not None:
             return "failed"
         is_whole = self._service.is_started and self._service.is_whole and not self._is_restoring
-        return "serving" if is_whole and self._service.epoch >= self._head else "starting"
+        return "serving" if is_whole and self._service.proven_epoch >= self._head else "starting"
 
     def _end_generation(self) -> None:
         self._lease.drop()

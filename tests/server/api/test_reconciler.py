@@ -14,7 +14,7 @@ import pytest
 
 from alter_core.errors import EngineError, RegistryUnavailableError, SwitchError
 from server import reconciler as reconciler_module
-from server.engine.base import SwitchReport
+from server.engine.base import EngineState, SwitchReport
 from server.lease import HeldLease
 from server.operations import Operation
 from server.registry import BundleStore, ChangeRequest, Heartbeat, Lease
@@ -71,6 +71,31 @@ def test_a_change_is_active_once_every_server_applies_it(
         assert (revoked.state, here.service.list()) == ("active", ())
 
     with_fleet(test)
+
+
+def test_a_change_is_not_active_before_the_workers_have_confirmed_it(
+    with_fleet: Any, bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(server: Replica) -> None:
+        confirmed = asyncio.Event()
+        state = server.engine.state
+
+        async def state_in_time() -> EngineState:
+            await confirmed.wait()
+            return await state()
+
+        monkeypatch.setattr(server.engine, "state", state_in_time)
+        asked = await server.operations.activate("a", bundles.experts["domain-0"])
+        await server.until(lambda: server.service.epoch == 1)
+        await server.reconciler._report()
+        assert (await server.operations.wait(asked, 0.1)).state == "pending"
+        assert not server.reconciler.is_ready
+        confirmed.set()
+        assert (await server.operations.wait(asked, 20)).state == "active"
+        assert server.reconciler.is_ready
+        assert server.service.report(1) is not None
+
+    with_fleet(test, num_servers=1)
 
 
 def test_a_server_that_hangs_is_waited_for_until_its_lease_is_over(
