@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -44,7 +45,7 @@ def attach(app: FastAPI) -> AlterRuntime:
         Middleware(BodyLimit),
     ]
     elsewhere = Middleware(_OnServingPort, runtime=runtime)
-    app.router.routes.append(Mount(ADMIN, app=admin, middleware=[elsewhere, *guards]))
+    app.router.routes.append(_AdminMount(ADMIN, app=admin, middleware=[elsewhere, *guards]))
     runtime.own_port_app = _own_port_app(admin, guards)
     app.include_router(health_router)
     app.add_middleware(EpochMiddleware, runtime=runtime)
@@ -86,8 +87,16 @@ def _own_port_app(admin: FastAPI, guards: list[Middleware]) -> Starlette:
     async def describe(request: Request) -> JSONResponse:
         return JSONResponse(description | {"paths": paths})
 
-    routes = [Route("/openapi.json", describe), Mount(ADMIN, app=admin, middleware=guards)]
+    routes = [Route("/openapi.json", describe), _AdminMount(ADMIN, app=admin, middleware=guards)]
     return Starlette(routes=routes)
+
+
+class _AdminMount(Mount):
+    """All that begins with its path: Starlette's own leaves line breaks to what is outside."""
+
+    def __init__(self, path: str, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.path_regex = re.compile(self.path_regex.pattern, re.DOTALL)
 
 
 class _OnServingPort:

@@ -432,7 +432,7 @@ def test_a_refused_request_may_use_its_key_again(over_http: Any, bundles: TinyBu
     "authorization",
     [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic Y29ycmVjdC1ob3JzZQ==", "correct-horse"],
 )
-@pytest.mark.parametrize("path", [URL, "/admin/status", "/admin/nothing"])
+@pytest.mark.parametrize("path", [URL, "/admin/status", "/admin/nothing", f"{URL}/%0A"])
 def test_without_the_token_nothing_is_answered(
     over_http: Any, authorization: str | None, path: str
 ) -> None:
