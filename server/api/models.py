@@ -133,7 +133,9 @@ class Switch(_Response):
     epoch: int
     stage_s: float
     pause_s: float
-    kept_requests: int = Field(description="Running requests that no expert touches: they went on.")
+    kept_requests: int = Field(
+        description="Running requests that the change does not touch: they went on."
+    )
     recomputed_requests: int
     recomputed_tokens: int = Field(description="Tokens of those, as computed before the switch.")
 

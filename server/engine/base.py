@@ -36,7 +36,7 @@ class SwitchReport:
     pause_s: float
     """For how long no token was generated."""
     kept_requests: int
-    """Running requests that no expert touched before or touches after; they went on as they were."""
+    """Running requests that neither the expert that went nor the one that came touches; they went on."""
     recomputed_requests: int
     """Running requests that were computed again from their first token."""
     recomputed_tokens: int
