@@ -222,7 +222,8 @@ def _expert_shapes(substrate: Substrate) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         f"{s}.lora_b": (i.out_features, rank) for s, i in substrate.sites.items()
     }
-    head = _module_tensors("evidence", _evidence_head(substrate))
+    with torch.device("meta"):
+        head = _module_tensors("evidence", _evidence_head(substrate))
     return shapes | {k: tuple(t.shape) for k, t in head.items()} | {"router.scalar_weight": (1,)}
 
 

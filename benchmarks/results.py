@@ -52,6 +52,14 @@ def write_results(
     return path
 
 
+def keep(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a part of a run, as JSON; the file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    partial.rename(path)
+
+
 def command() -> str:
     """The command line that is running, as a user would type it."""
     spec = sys.modules["__main__"].__spec__

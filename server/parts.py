@@ -65,17 +65,22 @@ class Parts:
         self.registry.close()
 
 
+def deployment_of(substrate: Substrate) -> Deployment:
+    """What the servers of one registry must have in common. The substrate was read from a bundle."""
+    assert substrate.digest is not None
+    return Deployment(
+        base_model_fingerprint=substrate.base_model.fingerprint, substrate_digest=substrate.digest
+    )
+
+
 def open_registry(settings: ServeSettings, substrate: Substrate) -> Registry:
     """Joins the registry, or founds it.
 
     Raises: ConfigError, RegistrySchemaError, RegistryMismatchError, RegistryUnavailableError.
     """
-    assert substrate.digest is not None
-    deployment = Deployment(
-        base_model_fingerprint=substrate.base_model.fingerprint, substrate_digest=substrate.digest
-    )
+    deployment = deployment_of(substrate)
     return Registry.open(
-        settings.registry_url(substrate.digest),
+        settings.registry_url(deployment.substrate_digest),
         deployment,
         max_domains=settings.max_domains,
         lease_s=settings.lease_s,

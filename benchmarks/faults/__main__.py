@@ -29,6 +29,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from alter_cli.demo.artefacts import package_folder, sources
+from benchmarks.results import keep
+from benchmarks.serving.blocks import SERVER_PACKAGES
 from tests.support.tiny import TinyBundles, make_bundles
 
 from . import barrier, lanes
@@ -37,8 +39,6 @@ from .settings import FULL, QUICK, FaultSettings
 
 FOLDER = Path("build/faults")
 NUM_EXPERTS = 5
-_PACKAGES = ("alter_core", "server", "server.engine", "server.api", "server.registry")
-
 _SHOWING = ("__main__", "report")
 """Modules that no result follows from."""
 
@@ -71,7 +71,7 @@ def main() -> int:
         try:
             if not path.exists():
                 print(f"{name} ...", file=sys.stderr, flush=True)
-                lanes.keep(path, BLOCKS[name](folder / name, settings))
+                keep(path, BLOCKS[name](folder / name, settings))
         finally:
             report = write_report(out, settings, _kept(folder))
     print(report.with_suffix(".md").read_text("utf-8"))
@@ -94,7 +94,8 @@ def _episodes(folder: Path) -> list[dict[str, Any]]:
 def _digest(settings: FaultSettings) -> str:
     ours = sorted(package_folder("benchmarks.faults").glob("*.py"))
     texts = [repr(settings), *(p.read_text("utf-8") for p in ours if p.stem not in _SHOWING)]
-    texts += [sources(package_folder(package)) for package in _PACKAGES]
+    texts += [sources(package_folder(package)) for package in (*SERVER_PACKAGES, "tests.support")]
+    texts.append(sources(package_folder("benchmarks"), "admin_fuzz"))
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 from alter_core.substrate import Substrate
 from server.engine.base import SwitchReport
-from server.parts import Parts
+from server.parts import Parts, deployment_of
 from server.registry import BundleStore, Registry
 from tests.support import postgres
 from tests.support.engine_double import EngineDouble
 from tests.support.tiny import TinyBundles
 
-from .replica import deployment
 from .settings import FaultSettings
 
 MAX_DOMAINS = 4
@@ -68,7 +67,7 @@ def _server(url: str, substrate: Substrate, folder: Path) -> tuple[Parts, _Timed
     parts = Parts.over(
         engine,
         substrate,
-        Registry.open(url, deployment(substrate), max_domains=MAX_DOMAINS),
+        Registry.open(url, deployment_of(substrate), max_domains=MAX_DOMAINS),
         BundleStore(str(folder / "store")),
         folder / "cache",
         max_domains=MAX_DOMAINS,

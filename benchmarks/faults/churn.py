@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serving.processes import tree_memory_bytes
 from server.client import AdminClient
-
-from .memory import growth_ratio, used_bytes
 
 DOMAINS = ("authors", "places")
 NUM_SAMPLES = 100
@@ -35,10 +35,16 @@ def churn(
         if operation.state != "active" or operation.epoch != done + 1:
             raise RuntimeError(f"switch {done + 1} is not active: {operation}")
         if done >= warm_up and (done - warm_up) % every == 0:
-            samples.append(used_bytes(pid))
+            samples.append(tree_memory_bytes(pid))
     return {
         "switches": num_switches,
         "seconds": time.monotonic() - began,
         "memory_growth_ratio": growth_ratio(samples),
         "memory_bytes": samples,
     }
+
+
+def growth_ratio(samples: Sequence[int]) -> float:
+    """The end over the beginning, each the median of a tenth of the samples."""
+    count = max(1, len(samples) // 10)
+    return statistics.median(samples[-count:]) / statistics.median(samples[:count])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import dataclasses
@@ -21,12 +22,13 @@ import httpx
 
 from alter_core.errors import RegistryError
 from alter_core.substrate import Substrate
+from server.parts import deployment_of
 from server.registry import Change, Registry
 
 from .database import Place
 from .ledger import Acknowledged, Ledger, Token
 from .points import Action
-from .replica import STREAM, ReplicaSettings, deployment, run
+from .replica import STREAM, ReplicaSettings, run
 from .settings import FaultSettings
 
 ADMIN_TOKEN = "fault-run"
@@ -55,7 +57,37 @@ class Answer:
         return self.status in (200, 201, 202)
 
 
-class Replica:
+class ServerProcess(abc.ABC):
+    """What can be done to a server from outside."""
+
+    @property
+    @abc.abstractmethod
+    def pid(self) -> int:
+        """Of the process that answers."""
+
+    @property
+    @abc.abstractmethod
+    def is_alive(self) -> bool:
+        """False once that process is gone."""
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Stops or continues the process."""
+        if self.is_alive:
+            os.kill(self.pid, number)
+
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """No file of the process can be written, as on a full disk."""
+        limit = resource.RLIMIT_FSIZE
+        before = resource.prlimit(self.pid, limit, (0, resource.RLIM_INFINITY))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(self.pid, limit, before)
+
+
+class Replica(ServerProcess):
     """One server. `start` it; a process that was killed can be started again."""
 
     def __init__(self, settings: ReplicaSettings, name: str) -> None:
@@ -115,22 +147,6 @@ class Replica:
             return True
 
         return await asyncio.to_thread(order)
-
-    def send_signal(self, number: signal.Signals) -> None:
-        """Stops or continues the process."""
-        if self.is_alive:
-            os.kill(self.pid, number)
-
-    @contextlib.contextmanager
-    def full_disk(self) -> Iterator[None]:
-        """No file of the process can be written, as on a full disk."""
-        limit = resource.RLIMIT_FSIZE
-        before = resource.prlimit(self.pid, limit, (0, resource.RLIM_INFINITY))
-        try:
-            yield
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(self.pid, limit, before)
 
 
 class Fleet:
@@ -319,7 +335,7 @@ class Fleet:
             if self._checks is None:
                 self._checks = Registry.open(
                     self.place.url,
-                    deployment(Substrate.read(self._substrate)),
+                    deployment_of(Substrate.read(self._substrate)),
                     max_domains=self._max_domains,
                 )
             yield self._checks

@@ -243,33 +243,29 @@ def _outage_s(scene: Scene) -> float:
 
 
 @contextlib.asynccontextmanager
-async def registry_cut(scene: Scene) -> AsyncIterator[None]:
+async def _registry_gone(
+    scene: Scene, strike: Callable[[Proxy], None], kind: str
+) -> AsyncIterator[None]:
+    proxies = [p for p in scene.proxies if scene.random.random() < 0.6]
+    for proxy in proxies:
+        strike(proxy)
+    try:
+        yield
+        await asyncio.sleep(_outage_s(scene))
+    finally:
+        for proxy in proxies:
+            proxy.heal()
+        scene.counts[kind] += len(proxies)
+
+
+def registry_cut(scene: Scene) -> AbstractAsyncContextManager[None]:
     """Some servers, or all, lose their connections to the database and get no new ones."""
-    proxies = [p for p in scene.proxies if scene.random.random() < 0.6]
-    for proxy in proxies:
-        proxy.cut()
-    try:
-        yield
-        await asyncio.sleep(_outage_s(scene))
-    finally:
-        for proxy in proxies:
-            proxy.heal()
-        scene.counts["registry down for a server"] += len(proxies)
+    return _registry_gone(scene, Proxy.cut, "registry down for a server")
 
 
-@contextlib.asynccontextmanager
-async def registry_held(scene: Scene) -> AsyncIterator[None]:
+def registry_held(scene: Scene) -> AbstractAsyncContextManager[None]:
     """The database of some servers neither answers nor refuses."""
-    proxies = [p for p in scene.proxies if scene.random.random() < 0.6]
-    for proxy in proxies:
-        proxy.hold()
-    try:
-        yield
-        await asyncio.sleep(_outage_s(scene))
-    finally:
-        for proxy in proxies:
-            proxy.heal()
-        scene.counts["registry silent for a server"] += len(proxies)
+    return _registry_gone(scene, Proxy.hold, "registry silent for a server")
 
 
 @contextlib.asynccontextmanager

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import keep
 from tests.support import postgres
 from tests.support.tiny import TinyBundles
 
@@ -67,13 +68,6 @@ class Lanes:
             keep(self._folder / f"episode-{index:03}.json", result)
             self.results[index] = result
             print(_line(result), file=sys.stderr, flush=True)
-
-
-def keep(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result; the file appears whole."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    partial.rename(path)
 
 
 def _line(result: dict[str, Any]) -> str:

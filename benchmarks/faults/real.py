@@ -12,13 +12,12 @@ import contextlib
 import itertools
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from tests.support.tiny import VOCAB_SIZE, TinyBundles, make_bundles
 from .churn import churn
 from .database import PostgresPlace
 from .episode import Episode
-from .fleet import ADMIN_TOKEN, Fleet, NotReadyError, free_port
+from .fleet import ADMIN_TOKEN, Fleet, NotReadyError, ServerProcess, free_port
 from .injectors import REAL, Scene
 from .ledger import Token
 from .settings import FaultSettings
@@ -58,7 +57,7 @@ def make(folder: Path) -> TinyBundles:
     return made
 
 
-class RealReplica:
+class RealReplica(ServerProcess):
     """One `alter serve`. The face of `fleet.Replica`, without its points."""
 
     def __init__(self, index: int, bundles: TinyBundles, folder: Path, registry: str) -> None:
@@ -116,22 +115,6 @@ class RealReplica:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process = None
-
-    def send_signal(self, number: signal.Signals) -> None:
-        """Stops or continues the API server."""
-        if self.is_alive:
-            os.kill(self.pid, number)
-
-    @contextlib.contextmanager
-    def full_disk(self) -> Iterator[None]:
-        """The API server can write no file."""
-        limit = resource.RLIMIT_FSIZE
-        before = resource.prlimit(self.pid, limit, (0, resource.RLIM_INFINITY))
-        try:
-            yield
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(self.pid, limit, before)
 
 
 class RealFleet(Fleet):

@@ -21,8 +21,8 @@ from alter_core.substrate import Substrate
 from server.api.app import attach
 from server.audit import AuditLog
 from server.domains import DomainService
-from server.parts import Parts
-from server.registry import Deployment, ImportPolicy
+from server.parts import Parts, deployment_of
+from server.registry import ImportPolicy
 from server.settings import token_digest
 from tests.support.engine_double import EngineDouble
 
@@ -98,18 +98,10 @@ async def _serve(settings: ReplicaSettings, points: Points) -> None:
     await uvicorn.Server(config).serve()
 
 
-def deployment(substrate: Substrate) -> Deployment:
-    """What the registry is told that its servers serve."""
-    assert substrate.digest is not None
-    return Deployment(
-        base_model_fingerprint=substrate.base_model.fingerprint, substrate_digest=substrate.digest
-    )
-
-
 def _registry(settings: ReplicaSettings, substrate: Substrate, points: Points) -> PointedRegistry:
     registry = PointedRegistry.open(
         settings.registry,
-        deployment(substrate),
+        deployment_of(substrate),
         max_domains=settings.max_domains,
         lease_s=settings.lease_s,
         clock_margin_s=settings.margin_s,

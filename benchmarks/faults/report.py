@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +50,22 @@ def figures_of(blocks: Blocks) -> tuple[dict[str, float | None], dict[str, str]]
     everything = [*runs, real] if real is not None else runs
     recovery = [seconds for run in runs for seconds in run["recovery_s"]]
     churned = blocks.get("churn")
+
+    def total(counted: Callable[[Result], int]) -> int | None:
+        return sum(map(counted, everything)) if everything else None
+
     figures: dict[str, float | None] = {
-        "faults_injected": _sum(run["faults"] for run in everything),
+        "faults_injected": total(lambda run: sum(run["faults"].values())),
         "faults_real_engine": None if real is None else sum(real["faults"].values()),
-        "tokens_checked": sum(run["tokens_checked"] for run in everything),
-        "tokens_without_active_domain": sum(
-            run["tokens_without_active_domain"] for run in everything
-        ),
-        "acknowledged_changes": sum(run["acknowledged_changes"] for run in everything),
-        "acknowledged_changes_lost": sum(run["acknowledged_changes_lost"] for run in everything),
+        "tokens_checked": total(lambda run: run["tokens_checked"]),
+        "tokens_without_active_domain": total(lambda run: run["tokens_without_active_domain"]),
+        "acknowledged_changes": total(lambda run: run["acknowledged_changes"]),
+        "acknowledged_changes_lost": total(lambda run: run["acknowledged_changes_lost"]),
         "start_s_median": _quantile([s for run in runs for s in run["start_s"]], 0.5),
         "recovery_s_p99": _quantile(recovery, 0.99),
         "recovery_real_engine_s_p99": None if real is None else _quantile(real["recovery_s"], 0.99),
         "start_real_engine_s": None if real is None else real["start_s"][0],
-        "defects": sum(len(run["defects"]) for run in everything),
+        "defects": total(lambda run: len(run["defects"])),
         "switches_churned": None if churned is None else churned["switches"],
         "memory_growth_ratio": None
         if churned is None
@@ -118,10 +120,6 @@ def judge(figures: Mapping[str, float | None]) -> dict[str, bool | None]:
             "schemathesis_requests",
         ),
     }
-
-
-def _sum(counts: Iterable[Mapping[str, int]]) -> int:
-    return sum(sum(each.values()) for each in counts)
 
 
 def _quantile(values: Sequence[float], share: float) -> float | None:

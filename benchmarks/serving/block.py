@@ -9,7 +9,9 @@ from pathlib import Path
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from .blocks import blocks_of, keep, measure_here
+from benchmarks.results import keep
+
+from .blocks import blocks_of, measure_here
 from .settings import FULL, QUICK
 
 

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ _SHOWING = ("__init__", "__main__", "figures", "report", "plots", "profile", "op
 _OF_SERVERS = ("base_server", "gaps", "online", "servers", "startup", "switch", "trace")
 """Modules that no result of an engine alone follows from."""
 _ENGINE_PACKAGES = ("alter_core", "server.engine")
-_SERVER_PACKAGES = (*_ENGINE_PACKAGES, "server", "server.api", "server.audit", "server.registry")
+SERVER_PACKAGES = (*_ENGINE_PACKAGES, "server", "server.api", "server.audit", "server.registry")
+"""All that a whole server follows from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,20 +135,12 @@ class BlockCache:
         return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
-def keep(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes a result; the file appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    partial.rename(path)
-
-
 @functools.cache
 def _measured_sources(has_server: bool) -> str:
     here = package_folder("benchmarks.serving")
     others = _SHOWING if has_server else (*_SHOWING, *_OF_SERVERS)
     ours = [path for path in sorted(here.glob("*.py")) if path.stem not in others]
-    packages = _SERVER_PACKAGES if has_server else _ENGINE_PACKAGES
+    packages = SERVER_PACKAGES if has_server else _ENGINE_PACKAGES
     texts = [path.read_text("utf-8") for path in ours]
     texts += [sources(package_folder(package)) for package in packages]
     texts += [path.read_text("utf-8") for path in native.sources()]

@@ -13,11 +13,12 @@ import pytest
 from alter_core.bundle import read_manifest
 from alter_core.substrate import Substrate
 from benchmarks.faults import barrier, report
+from benchmarks.faults.churn import growth_ratio
 from benchmarks.faults.episode import run_episode
 from benchmarks.faults.ledger import Acknowledged, Ledger, Token
-from benchmarks.faults.memory import growth_ratio, used_bytes
 from benchmarks.faults.proxy import Proxy
 from benchmarks.faults.settings import QUICK
+from benchmarks.serving.processes import tree_memory_bytes
 from server.registry import Change
 from tests.support import postgres
 from tests.support.engine_double import EngineDouble
@@ -118,8 +119,17 @@ def test_an_acknowledged_change_that_the_log_lacks_or_has_altered_is_lost() -> N
 def test_memory_is_that_of_the_process_and_growth_that_of_its_samples() -> None:
     import os
 
-    assert used_bytes(os.getpid()) > 50 * 2**20
+    assert tree_memory_bytes(os.getpid()) > 50 * 2**20
     assert growth_ratio([100] * 10 + [150] * 80 + [103] * 10) == 1.03
+
+
+def test_without_a_fleet_nothing_is_said_of_tokens_and_changes() -> None:
+    figures, not_measured = report.figures_of({"barrier": {"ms": [20.0]}})
+    assert figures["tokens_without_active_domain"] is None
+    assert {"faults_injected", "acknowledged_changes_lost", "defects"} < set(not_measured)
+    bars = report.judge(figures)
+    assert bars["no token without an active domain"] is None
+    assert bars["barrier within 100 ms"] is True
 
 
 def test_a_bar_that_was_missed_or_not_measured_is_named(tmp_path: Path) -> None:

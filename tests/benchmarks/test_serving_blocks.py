@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from alter_core.errors import EvaluationError
+from benchmarks.results import keep
 from benchmarks.serving import blocks
-from benchmarks.serving.blocks import Block, BlockCache, blocks_of, keep, measure_apart
+from benchmarks.serving.blocks import Block, BlockCache, blocks_of, measure_apart
 from benchmarks.serving.processes import descendants, memory_bytes, tree_memory_bytes
 from benchmarks.serving.settings import FULL, QUICK
 

@@ -31,9 +31,9 @@ from server.engine.base import CanaryReport, EngineState, InFlight, RoutedTokens
 from server.lease import boot_clock
 from server.metrics import AlterMetrics
 from server.operations import Operation, OperationService
-from server.parts import Parts
+from server.parts import Parts, deployment_of
 from server.reconciler import Reconciler
-from server.registry import BundleStore, Deployment, ImportPolicy, Registry
+from server.registry import BundleStore, ImportPolicy, Registry
 from server.settings import token_digest
 from server.tokens import TokenStore
 from tests.support.tiny import PROVENANCE, TinyBundles, make_bundles, random_expert
@@ -166,13 +166,8 @@ class Site:
 
     def registry(self, **options: Any) -> Registry:
         """Opened as one more server would."""
-        assert self.substrate.digest is not None
-        deployment = Deployment(
-            base_model_fingerprint=self.substrate.base_model.fingerprint,
-            substrate_digest=self.substrate.digest,
-        )
         settings = {"max_domains": MAX_DOMAINS, "poll_s": 0.05}
-        registry = Registry.open(self.url, deployment, **(settings | options))
+        registry = Registry.open(self.url, deployment_of(self.substrate), **(settings | options))
         self._stack.callback(registry.close)
         return registry
 

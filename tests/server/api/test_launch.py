@@ -329,13 +329,19 @@ def test_a_model_that_is_nowhere_is_refused(
         launch.fetch_model(args)
 
 
-def test_a_refusal_comes_before_the_engine(
-    settings: ServeSettings, bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Namespace]:
+    """What vLLM would be started with."""
     monkeypatch.setenv("VLLM_PLUGINS", "")
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     started: list[Namespace] = []
     monkeypatch.setattr(launch, "_run", started.append)
+    return started
+
+
+def test_a_refusal_comes_before_the_engine(
+    settings: ServeSettings, bundles: TinyBundles, started: list[Namespace]
+) -> None:
     with pytest.raises(UnsupportedModelError):
         launch.serve(str(bundles.model / "none"), settings, [])
     with pytest.raises(UnsupportedEngineError):
@@ -349,13 +355,9 @@ def test_a_refusal_comes_before_the_engine(
 def test_without_an_audit_log_or_the_tokens_file_nothing_is_started(
     settings: ServeSettings,
     bundles: TinyBundles,
-    monkeypatch: pytest.MonkeyPatch,
+    started: list[Namespace],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", "")
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    started: list[Namespace] = []
-    monkeypatch.setattr(launch, "_run", started.append)
     (tmp_path / "file").write_text("not a database")
     for audit_log in (tmp_path / "file", tmp_path / "file" / "audit.sqlite", tmp_path):
         with pytest.raises(AuditError, match="cannot be written"):
@@ -395,13 +397,9 @@ def test_without_an_audit_log_or_the_tokens_file_nothing_is_started(
 def test_a_registry_of_another_substrate_or_a_newer_version_stops_the_start(
     settings: ServeSettings,
     bundles: TinyBundles,
-    monkeypatch: pytest.MonkeyPatch,
+    started: list[Namespace],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", "")
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    started: list[Namespace] = []
-    monkeypatch.setattr(launch, "_run", started.append)
     shared = dataclasses.replace(settings, registry=f"sqlite:///{tmp_path / 'registry.sqlite'}")
     for _ in range(2):
         launch.serve(str(bundles.model), shared, [])
