@@ -149,7 +149,7 @@ def _add_scale(figures: Figures, model: str, result: Result, settings: BenchSett
     ]
     figures.add(f"{model}/scale/{many}_over_{few}", _lowest(found))
     shape, added = SHAPES[model], settings.many_domains - settings.few_domains
-    floor = floor_of(Sizes.of(shape))
+    floor = floor_of(Sizes.of(shape), value_bytes=settings.value_bytes)
     idle = result["idle_memory_bytes"]
     more = idle[many] - idle[few]
     tensors = added * (floor.b_bytes + floor.head_bytes)

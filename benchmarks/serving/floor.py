@@ -26,7 +26,6 @@ from alter_core import AlterConfig, default_tap_layer
 from .models import SHAPES, Sizes
 from .settings import RANK
 
-_BYTES = 2
 _HEAD_BYTES = 4
 
 
@@ -66,7 +65,7 @@ class Floor:
         return num_domains * self.head_bytes / self.base_bytes
 
 
-def floor_of(sizes: Sizes, rank: int = RANK) -> Floor:
+def floor_of(sizes: Sizes, rank: int = RANK, *, value_bytes: int = 2) -> Floor:
     """The floor of a model whose upper two thirds are adapted at all four sites."""
     config = AlterConfig(rank=rank, tap_layer=default_tap_layer(sizes.num_layers))
     adapted = sizes.num_layers - config.tap_layer
@@ -75,10 +74,10 @@ def floor_of(sizes: Sizes, rank: int = RANK) -> Floor:
     parameters = sizes.linear_parameters
     units, features = config.evidence_units, config.evidence_ngram * sizes.hidden
     return Floor(
-        base_bytes=_BYTES * parameters,
+        base_bytes=value_bytes * parameters,
         base_flops=2 * parameters,
-        a_bytes=_BYTES * rank * total_in,
-        b_bytes=_BYTES * rank * total_out,
+        a_bytes=value_bytes * rank * total_in,
+        b_bytes=value_bytes * rank * total_out,
         flops=2 * rank * (total_in + total_out),
         head_bytes=_HEAD_BYTES * (features * units + 2 * units + 1),
         head_flops=2 * units * (features + 1),

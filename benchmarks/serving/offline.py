@@ -74,7 +74,9 @@ def cases_of(settings: BenchSettings) -> list[Case]:
 class Engine:
     """A vLLM engine. Its worker is a process of its own."""
 
-    def __init__(self, name: str, made: Artefacts, num_domains: int = 0, **options: Any) -> None:
+    def __init__(
+        self, name: str, made: Artefacts, dtype: str, num_domains: int = 0, **options: Any
+    ) -> None:
         """`name` is `base`, `lora`, or any other for an engine with that many active domains."""
         self.name = name
         self.num_domains = num_domains
@@ -91,6 +93,7 @@ class Engine:
         before, started = set(descendants(os.getpid())), time.monotonic()
         self.llm = LLM(
             model=str(made.model),
+            dtype=dtype,
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=_MAX_BATCH,
             enable_prefix_caching=False,
@@ -209,7 +212,7 @@ def measure(
         # Another engine is up first each time. vLLM's LoRA, far from the others and slow, runs once.
         at = start % len(names)
         order = names[at:] + names[:at] + ([(LORA, 0)] if has_lora and start == 0 else [])
-        engines = [Engine(name, made, count) for name, count in order]
+        engines = [Engine(name, made, settings.dtype, count) for name, count in order]
         for _ in range(settings.rounds):
             first = number % len(engines)
             for case in cases_of(settings):

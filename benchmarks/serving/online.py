@@ -48,8 +48,8 @@ def measure(
     family = made.family(settings.num_domains)
     freeze_gc_heap()
     with (
-        base_server(made, scratch / "base.log") as base,
-        our_server(made, family, scratch / "ours.log", num_domains=settings.num_domains) as ours,
+        base_server(made, scratch / "base.log", settings) as base,
+        our_server(made, family, scratch / "ours.log", settings) as ours,
     ):
         at_once = replay(base, arrivals, traffic, kind, number=0, is_timed=False)
         replay(ours, arrivals, traffic, kind, number=0, is_timed=False)

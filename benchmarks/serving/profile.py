@@ -80,7 +80,7 @@ def _profiles(
             "torch_profiler_dir": str(out),
             "torch_profiler_with_stack": False,
         }
-        engine = Engine(name, made, num_domains, profiler_config=profiler)
+        engine = Engine(name, made, settings.dtype, num_domains, profiler_config=profiler)
         for case in cases_of(settings):
             if num_domains or case.kind is TrafficKind.RETAIN:
                 yield name, case.name, _profiled(engine, case, settings, out)

@@ -44,7 +44,7 @@ def _notes(results: Mapping[str, Result], settings: BenchSettings) -> dict[str, 
     notes: dict[str, Any] = {
         "model of the named figures": settings.headline_model,
         "models": {
-            model: f"Llama, random weights, bf16, {sizes.num_parameters / 1e6:.1f}M parameters"
+            model: f"Llama, random weights, {settings.dtype}, {sizes.num_parameters / 1e6:.1f}M parameters"
             for model, sizes in shapes.items()
         },
         "active domains of the named figures": settings.num_domains,

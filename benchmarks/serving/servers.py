@@ -14,11 +14,11 @@ from server.client import AdminClient
 
 from .artefacts import Artefacts, Family
 from .processes import tree_memory_bytes
+from .settings import BenchSettings
 
 START_TIMEOUT_S = 900
 """Generous: two servers that start together on a busy machine trace and compile for minutes."""
 MAX_MODEL_LEN = 2048
-_FLAGS = ("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,16 @@ class Started:
             yield client
 
 
+def _flags(settings: BenchSettings) -> list[str]:
+    sizes = ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "64"]
+    return [*sizes, "--dtype", settings.dtype]
+
+
 @contextlib.contextmanager
-def base_server(made: Artefacts, log: Path) -> Iterator[Started]:
+def base_server(made: Artefacts, log: Path, settings: BenchSettings) -> Iterator[Started]:
     """vLLM as it comes."""
-    command = [sys.executable, "-m", "benchmarks.serving.base_server", str(made.model), *_FLAGS]
+    command = [sys.executable, "-m", "benchmarks.serving.base_server", str(made.model)]
+    command += _flags(settings)
     started = time.monotonic()
     with run_server(command, log) as server:
         server.wait_until_ready(START_TIMEOUT_S)
@@ -52,11 +58,12 @@ def base_server(made: Artefacts, log: Path) -> Iterator[Started]:
 
 @contextlib.contextmanager
 def our_server(
-    made: Artefacts, family: Family, log: Path, *, num_domains: int, free_slots: int = 0
+    made: Artefacts, family: Family, log: Path, settings: BenchSettings, *, free_slots: int = 0
 ) -> Iterator[Started]:
-    """`alter serve` with the family's first domains active from the start, named as their bundles are."""
+    """`alter serve` with `num_domains` active from the start, named as their bundles are."""
+    num_domains = settings.num_domains
     flags: Sequence[str] = [
-        *_FLAGS,
+        *_flags(settings),
         *("--alter-max-domains", str(num_domains + free_slots)),
         *(
             flag

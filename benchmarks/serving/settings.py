@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import torch
+
 RANK = 8
 """Of the experts, and of the adapter that vLLM serves beside them."""
 LORA_ALPHA = 16.0
@@ -16,12 +18,20 @@ GOODPUT_MS: Mapping[str, float] = MappingProxyType({"ttft": 1000.0, "tpot": 100.
 """A request counts towards goodput if its first token and its mean later ones come within these."""
 
 
+def machine_dtype() -> str:
+    """What base and ours are served in: float32 where bfloat16 would be emulated, many times slower."""
+    has_bfloat16 = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """What is measured, and how often."""
 
     models: tuple[str, ...] = ("25m", "150m")
     """Names of `models.SHAPES`; the figures are the last one's."""
+    dtype: str = dataclasses.field(default_factory=machine_dtype)
+    """`--dtype` of every engine and server."""
     starts: int = 2
     """How often the engines of offline measurements are started: where a process finds its memory is worth
     several percent of its speed, for as long as it lives."""
@@ -58,6 +68,12 @@ class BenchSettings:
     startup_rounds: int = 2
     """Starts of each server."""
     seed: int = 0
+
+    @property
+    def value_bytes(self) -> int:
+        """Of one number in `dtype`."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype.itemsize
 
     @property
     def headline_model(self) -> str:

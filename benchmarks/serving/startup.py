@@ -18,10 +18,8 @@ def measure(made: Artefacts, settings: BenchSettings, scratch: Path) -> dict[str
     }
     for number in range(settings.startup_rounds):
         starts = {
-            "base": base_server(made, scratch / f"base-{number}.log"),
-            "ours": our_server(
-                made, family, scratch / f"ours-{number}.log", num_domains=settings.num_domains
-            ),
+            "base": base_server(made, scratch / f"base-{number}.log", settings),
+            "ours": our_server(made, family, scratch / f"ours-{number}.log", settings),
         }
         for name, start in starts.items():
             with start as started:

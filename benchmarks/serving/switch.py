@@ -43,7 +43,7 @@ def measure(
     count = settings.num_domains
     family = (made.heavy_family if is_heavy else made.family)(count + 1)
     traffic = Traffic(made.prose, made.names, num_domains=count + 1)
-    with our_server(made, family, scratch / "ours.log", num_domains=count, free_slots=1) as ours:
+    with our_server(made, family, scratch / "ours.log", settings, free_slots=1) as ours:
         memory_before = ours.memory_bytes()
         streams, changes = asyncio.run(_under_load(ours, family, traffic, kind, settings))
         memory_after = ours.memory_bytes()

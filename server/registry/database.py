@@ -1,7 +1,7 @@
 """Connections to the registry's database: durable commits, bounded waits, one kind of error.
 
 SQLite: write-ahead log with full synchronisation; a write takes the lock when it begins.
-PostgreSQL: READ COMMITTED; writers meet at the row of `deployment`, see `registry.py`.
+PostgreSQL: READ COMMITTED; writers meet at an advisory lock.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ CHANNEL = "alter_registry"
 """PostgreSQL's channel of notifications; their payload is ignored."""
 DEFAULT_TIMEOUT_S = 5.0
 _UPGRADE_LOCK = 0x414C544552  # "ALTER"
+_LOG_LOCK = _UPGRADE_LOCK + 1
 _MIN_SYNCHRONOUS_COMMIT = ("on", "remote_apply")
 
 
@@ -95,6 +96,16 @@ class Database:
         """
         with self._named_errors(), Session(self._writer) as session, session.begin():
             yield session
+
+    def lock(self, session: Session, *, is_exclusive: bool) -> None:
+        """Waits for the log, until the end of the transaction; on SQLite every `write` has it to itself.
+
+        Whoever waits is served in turn: holders of a shared lock that come one after another do not keep
+        out one who wants it exclusively, as they would on a locked row.
+        """
+        if self.is_postgresql:
+            function = "pg_advisory_xact_lock" + ("" if is_exclusive else "_shared")
+            session.execute(text(f"SELECT {function}(:key)"), {"key": _LOG_LOCK})
 
     def notify(self, session: Session) -> None:
         """Wakes all listeners when the transaction commits; nothing on SQLite."""

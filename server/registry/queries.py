@@ -75,7 +75,6 @@ def replayed_change(session: Session, idempotency: IdempotencyKey, now: datetime
 
 def all_replicas(session: Session) -> tuple[Replica, ...]:
     """All servers that are listed, by id."""
-    now = database_time(session)
     return tuple(
         Replica(
             replica_id=row.replica_id,
@@ -87,7 +86,9 @@ def all_replicas(session: Session) -> tuple[Replica, ...]:
             seen_at=row.seen_at,
             silence_s=(now - row.seen_at).total_seconds(),
         )
-        for row in session.scalars(select(ReplicaRow).order_by(ReplicaRow.replica_id))
+        for row, now in session.execute(
+            select(ReplicaRow, database_now()).order_by(ReplicaRow.replica_id)
+        )
     )
 
 

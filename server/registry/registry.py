@@ -1,7 +1,7 @@
 """The desired state of a fleet: an ordered log of changes, and who has applied how much of it.
 
-Every write holds the row of `deployment`: appends exclusively, heartbeats shared (on SQLite all writes
-are exclusive). Therefore epochs have no gaps, and a heartbeat is either seen by whoever looks at the
+Every write holds the log's lock: appends exclusively, heartbeats shared (on SQLite all writes are
+exclusive). Therefore epochs have no gaps, and a heartbeat is either seen by whoever looks at the
 replicas after an append, or has itself seen that append. Times are the database's; the methods block, so
 a coroutine calls them through `asyncio.to_thread`.
 """
@@ -9,14 +9,12 @@ a coroutine calls them through `asyncio.to_thread`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime, timedelta
 from typing import Self
 
-from sqlalchemy import delete, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from alter_core.errors import (
@@ -59,6 +57,7 @@ from .schema import (
     DeploymentRow,
     IdempotencyRow,
     ReplicaRow,
+    database_now,
 )
 
 logger = logging.getLogger(__name__)
@@ -168,8 +167,7 @@ class Registry:
         nothing is recorded; RegistryUnavailableError, and it may have been: repeat it with its key.
         """
         with self._database.write() as session:
-            now = self._lock(session, is_exclusive=True)
-            head = head_epoch(session)
+            now, head = self._lock(session, is_exclusive=True)
             if idempotency is not None:
                 session.execute(delete(IdempotencyRow).where(IdempotencyRow.expires_at <= now))
                 earlier = replayed_change(session, idempotency, now)
@@ -258,8 +256,7 @@ class Registry:
         Raises: RegistryMismatchError also if the server has applied more than the log holds.
         """
         with self._database.write() as session:
-            now = self._lock(session, is_exclusive=False)
-            head = head_epoch(session)
+            now, head = self._lock(session, is_exclusive=False)
             if heartbeat.applied_epoch > head:
                 raise RegistryMismatchError(
                     "The registry has lost changes that this server has applied",
@@ -270,6 +267,7 @@ class Registry:
             row = session.get(ReplicaRow, heartbeat.replica_id)
             ends = self._lease_end(session, heartbeat, row, head, now)
             if row is None:
+                session.execute(delete(ReplicaRow).where(ReplicaRow.seen_at < now - REPLICA_MEMORY))
                 row = ReplicaRow(replica_id=heartbeat.replica_id)
                 session.add(row)
             row.base_model_fingerprint = self._deployment.base_model_fingerprint
@@ -282,7 +280,6 @@ class Registry:
                 row.lease_expires_at = None
             elif ends is not None:
                 row.lease_expires_at = max(ends + self._margin, row.lease_expires_at or now)
-            session.execute(delete(ReplicaRow).where(ReplicaRow.seen_at < now - REPLICA_MEMORY))
         duration_s = 0.0 if ends is None else (ends - now).total_seconds()
         return Lease(head=head, duration_s=max(0.0, duration_s))
 
@@ -301,8 +298,7 @@ class Registry:
         """Whether an epoch holds wherever tokens may be generated. Raises: EpochConflictError."""
         # Exclusive: no heartbeat may be about to prolong a lease that is found to have run out.
         with self._database.write() as session:
-            self._lock(session, is_exclusive=True)
-            head = head_epoch(session)
+            _, head = self._lock(session, is_exclusive=True)
             _check_epoch(epoch, head)
             replicas = all_replicas(session)
         lagging = tuple(r for r in replicas if r.holds_lease and r.applied_epoch < epoch)
@@ -333,6 +329,7 @@ class Registry:
 
     def _join(self) -> None:
         with self._database.write() as session:
+            self._database.lock(session, is_exclusive=True)
             if session.scalar(select(DeploymentRow.id)) is None:
                 founded = DeploymentRow(
                     id=DEPLOYMENT_ID,
@@ -340,18 +337,22 @@ class Registry:
                     substrate_digest=self._deployment.substrate_digest,
                     created_at=database_time(session),
                 )
-                # Another server may have been faster.
-                with contextlib.suppress(IntegrityError), session.begin_nested():
-                    session.add(founded)
-            self._lock(session, is_exclusive=False)
+                session.add(founded)
+                session.flush()
+            self._check_deployment(session.scalar(select(DeploymentRow)))
 
-    def _lock(self, session: Session, *, is_exclusive: bool) -> datetime:
-        """Waits for the log; the time after that. Raises: RegistryMismatchError."""
-        row = session.scalar(
-            select(DeploymentRow)
-            .with_for_update(read=not is_exclusive)
-            .execution_options(populate_existing=True)
-        )
+    def _lock(self, session: Session, *, is_exclusive: bool) -> tuple[datetime, int]:
+        """Waits for the log; the time and its head after that. Raises: RegistryMismatchError."""
+        self._database.lock(session, is_exclusive=is_exclusive)
+        # One statement: others wait meanwhile.
+        head = select(func.max(ChangeRow.epoch)).scalar_subquery()
+        found = session.execute(select(DeploymentRow, database_now(), head)).one_or_none()
+        self._check_deployment(None if found is None else found[0])
+        assert found is not None  # or it would have been refused
+        return found[1], found[2] or 0
+
+    def _check_deployment(self, row: DeploymentRow | None) -> None:
+        """Raises: RegistryMismatchError."""
         found = None
         if row is not None:
             found = Deployment(
@@ -365,7 +366,6 @@ class Registry:
                 got="no deployment" if found is None else _describe(found),
                 fix="Give each base model and substrate a registry of its own.",
             )
-        return database_time(session)
 
     def _slot(self, request: ChangeRequest, active: dict[str, Change]) -> int:
         current = active.get(request.domain)

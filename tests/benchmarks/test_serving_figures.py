@@ -39,7 +39,7 @@ def _offline(*engines: str) -> Result:
 
 
 def _scale() -> Result:
-    floor = floor_of(Sizes.of(SHAPES["150m"]))
+    floor = floor_of(Sizes.of(SHAPES["150m"]), value_bytes=FULL.value_bytes)
     result = _offline("n1", "n256")
     tensors = 255 * (floor.b_bytes + floor.head_bytes)
     tables = 256 * 8192 * 5 * 64 * 2  # 264 columns, less 8 that one domain has too

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -377,18 +379,45 @@ def test_servers_that_are_gone_for_long_are_forgotten(place: Place, registry: Re
 
 
 def test_a_heartbeat_and_an_append_exclude_each_other(postgresql: Place) -> None:
-    impatient = postgresql.open(timeout_s=1.0)
-    with psycopg.connect(postgresql.url) as other:
-        other.execute("SELECT * FROM deployment FOR SHARE")
+    impatient, other = postgresql.open(timeout_s=1.0), postgresql.open()
+    with other._database.write() as session:
+        other._lock(session, is_exclusive=False)
         impatient.heartbeat(beat())
         for blocked in (lambda: impatient.append(activation()), lambda: impatient.barrier(0)):
             with pytest.raises(RegistryUnavailableError, match=r"LockNotAvailable|QueryCanceled"):
                 blocked()
-        other.rollback()
-        other.execute("SELECT * FROM deployment FOR NO KEY UPDATE")
+    with other._database.write() as session:
+        other._lock(session, is_exclusive=True)
         with pytest.raises(RegistryUnavailableError):
             impatient.heartbeat(beat())
     assert impatient.append(activation()).change.epoch == 1
+
+
+def test_heartbeats_that_overlap_do_not_keep_a_change_out(postgresql: Place) -> None:
+    patient, others = postgresql.open(timeout_s=20.0), [postgresql.open() for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(others[0]._database.write())
+        others[0]._lock(first, is_exclusive=False)
+        with ThreadPoolExecutor(2) as pool:
+            change = pool.submit(patient.append, activation())
+            _wait_for_a_waiting_backend(postgresql, 1)
+            later = pool.submit(others[1].heartbeat, beat())
+            _wait_for_a_waiting_backend(postgresql, 2)
+            assert not later.done()
+            stack.close()
+            assert change.result(20).change.epoch == 1
+            assert later.result(20).head == 1
+
+
+def _wait_for_a_waiting_backend(place: Place, count: int) -> None:
+    query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with psycopg.connect(place.url, autocommit=True) as connection:
+        deadline = time.monotonic() + 20
+        while connection.execute(f"{query} AND datname = current_database()").fetchone() != (
+            count,
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_a_registry_that_does_not_answer_says_so_in_time(place: Place, registry: Registry) -> None:
