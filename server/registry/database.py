@@ -30,7 +30,16 @@ CHANNEL = "alter_registry"
 DEFAULT_TIMEOUT_S = 5.0
 _UPGRADE_LOCK = 0x414C544552  # "ALTER"
 _LOG_LOCK = _UPGRADE_LOCK + 1
-_MIN_SYNCHRONOUS_COMMIT = ("on", "remote_apply")
+_PREPARE_POSTGRESQL = """
+SELECT set_config('statement_timeout', %s, false),
+       set_config('lock_timeout', %s, false),
+       set_config('idle_in_transaction_session_timeout', %s, false),
+       set_config('synchronous_commit', CASE
+           WHEN current_setting('synchronous_commit') = 'remote_apply' THEN 'remote_apply'
+           ELSE 'on' END, false),
+       current_setting('fsync')
+"""
+"""One round trip: a server that comes back to a database under load opens several connections."""
 
 
 class Database:
@@ -260,15 +269,10 @@ def _prepare_sqlite(connection: Any, timeout_s: float) -> None:
 
 
 def _prepare_postgresql(connection: Any, timeout_s: float) -> None:
-    milliseconds = round(timeout_s * 1000)
-    with connection.cursor() as cursor:
-        cursor.execute(f"SET statement_timeout = {milliseconds}")
-        cursor.execute(f"SET lock_timeout = {milliseconds}")
-        cursor.execute(f"SET idle_in_transaction_session_timeout = {milliseconds}")
-        if cursor.execute("SHOW synchronous_commit").fetchone()[0] not in _MIN_SYNCHRONOUS_COMMIT:
-            cursor.execute("SET synchronous_commit = on")
-        fsync = cursor.execute("SHOW fsync").fetchone()[0]
-    connection.commit()
+    connection.autocommit = True
+    timeout = f"{round(timeout_s * 1000)}ms"
+    *_, fsync = connection.execute(_PREPARE_POSTGRESQL, [timeout] * 3).fetchone()
+    connection.autocommit = False
     if fsync != "on":
         raise ConfigError(
             "This PostgreSQL server does not keep what it has committed",
