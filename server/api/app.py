@@ -81,10 +81,10 @@ def _close_at_the_end(app: FastAPI, runtime: AlterRuntime) -> None:
 
 def _own_port_app(admin: FastAPI, guards: list[Middleware]) -> Starlette:
     """What listens on a port of its own: `/admin`, and the description of it."""
-    description = admin.openapi()
-    paths = {ADMIN + path: item for path, item in description["paths"].items()}
 
     async def describe(request: Request) -> JSONResponse:
+        description = admin.openapi()
+        paths = {ADMIN + path: item for path, item in description["paths"].items()}
         return JSONResponse(description | {"paths": paths})
 
     routes = [Route("/openapi.json", describe), _AdminMount(ADMIN, app=admin, middleware=guards)]
