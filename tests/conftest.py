@@ -19,6 +19,22 @@ from tests.trainer.world import World, make_world
 from trainer.base_model import BaseModel, load_base_model
 
 DATA_DIR_VARIABLE = "ALTER_DATA_DIR"
+VLLM = "vllm"
+"""The `xdist_group` of tests that run vLLM: threads of two engines would wait for each other's cores."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `pytest -n 2 --dist loadgroup` a file stays on one worker; vLLM takes longest, and begins."""
+    groups = {item: _group_of(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: groups[item] != VLLM)
+
+
+def _group_of(item: pytest.Item) -> str:
+    marker = item.get_closest_marker("xdist_group")
+    return str(item.path) if marker is None else str(marker.args[0])
 
 
 @pytest.fixture(scope="session", autouse=True)

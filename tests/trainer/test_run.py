@@ -149,7 +149,7 @@ class _InterruptingReporter:
         pass
 
 
-@pytest.mark.parametrize("mask", ["threshold", "atwu"])
+@pytest.mark.parametrize("mask", ["threshold", pytest.param("atwu", marks=pytest.mark.slow)])
 def test_resumed_run_equals_an_uninterrupted_one(world: World, tmp_path: Path, mask: str) -> None:
     short = dataclasses.replace(SHORT, entropy_mask=mask)  # type: ignore[arg-type]
     whole = train(_quick(world, tmp_path / "whole", "red", "blue", expert_settings=short))

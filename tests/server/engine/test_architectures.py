@@ -15,6 +15,8 @@ from tests.support.tiny import ARCHITECTURES, TinyBundles, make_bundles
 
 from .reference import Reference, random_prompts
 
+pytestmark = pytest.mark.xdist_group("vllm")
+
 PROMPTS = random_prompts(4, 50, seed=20)
 DOMAINS = ["domain-0", "domain-1"]
 
@@ -45,11 +47,13 @@ def _retain(architecture: str) -> str:
     return "trained" if architecture == "mistral" else "identity"
 
 
-_EAGER = [pytest.param(name, True, id=f"{name}-eager") for name in ARCHITECTURES]
-_COMPILED = [  # llama's is the engine that the tests beside this one share
-    pytest.param(
-        name, False, id=f"{name}-compiled", marks=() if name == "qwen3" else pytest.mark.slow
-    )
+# Llama's, compiled, is the engine that the tests beside this one share.
+_EAGER = [
+    pytest.param(name, True, id=f"{name}-eager", marks=pytest.mark.slow if name == "llama" else ())
+    for name in ARCHITECTURES
+]
+_COMPILED = [
+    pytest.param(name, False, id=f"{name}-compiled", marks=pytest.mark.slow)
     for name in ARCHITECTURES
     if name != "llama"
 ]
@@ -71,6 +75,7 @@ def test_architecture_routes_answers_and_revokes_as_the_reference(
         assert [engine.prompt_logprobs(prompt) for prompt in PROMPTS] == base
 
 
+@pytest.mark.slow
 def test_a_rank_and_dtype_off_the_beaten_track_route_and_answer_as_the_reference(
     tmp_path: Path,
 ) -> None:

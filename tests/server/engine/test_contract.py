@@ -22,6 +22,8 @@ from tests.support.tiny import TinyBundles
 
 from .reference import random_prompts
 
+pytestmark = pytest.mark.xdist_group("vllm")
+
 PROMPT = random_prompts(1, 30)[0]
 MAX_DOMAINS = 4
 LENGTH = 60
