@@ -272,13 +272,15 @@ class OperationService:
             )
         ForgetExpert.from_bundle(bundle, self._substrate)
 
+    def _earlier(self, idempotency: IdempotencyKey | None) -> Change | None:
+        """Raises: IdempotencyConflictError."""
+        return None if idempotency is None else self._registry.replayed(idempotency)
+
     async def _replayed(self, idempotency: IdempotencyKey | None) -> Operation | None:
         """Raises: IdempotencyConflictError."""
-        if idempotency is None:
-            return None
 
         def look() -> Operation | None:
-            change = self._registry.replayed(idempotency)
+            change = self._earlier(idempotency)
             return None if change is None else self._replay(change)
 
         return await asyncio.to_thread(look)
@@ -304,7 +306,13 @@ class OperationService:
 
         def append() -> Appended:
             while True:
-                expected = self._checked_epoch(attempt, request, precondition)
+                try:
+                    expected = self._checked_epoch(attempt, request, precondition)
+                except Exception:
+                    # The same request may have come first, and have made its own condition stale.
+                    if (earlier := self._earlier(idempotency)) is None:
+                        raise
+                    return Appended(change=earlier, outcome="replayed", head=earlier.epoch)
                 try:
                     return self._registry.append(
                         request,

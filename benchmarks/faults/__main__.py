@@ -56,7 +56,10 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="write up what is kept, and stop")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended
+    # As Ctrl-C, which asyncio makes a cancellation: what was started is ended. Shells that start it in the
+    # background have Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     chosen = options.blocks.split(",") if options.blocks else list(BLOCKS)
     if unknown := [name for name in chosen if name not in BLOCKS]:
         parser.error(f"no such block: {', '.join(unknown)}; there are: {', '.join(BLOCKS)}")

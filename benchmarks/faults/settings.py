@@ -14,8 +14,8 @@ class FaultSettings:
     """At least, against the engine's double. Fleets are founded, each with a seed of its own, until then."""
     rounds: int = 25
     """Changes of each fleet, with faults around them."""
-    lanes: int = 6
-    """Fleets at a time: most of a round is waiting."""
+    lanes: int = 3
+    """Fleets at a time: most of a round is waiting, but more of them keep two cores busy."""
     faults_of_a_round: tuple[int, int] = (4, 9)
     replicas: int = 3
     lease_s: float = 1.5

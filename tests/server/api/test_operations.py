@@ -19,10 +19,13 @@ from alter_core.errors import (
     DomainConflictError,
     DomainNameError,
     DomainNotFoundError,
+    EpochConflictError,
     NoFreeSlotError,
     OperationNotFoundError,
     SubstrateMismatchError,
 )
+from server.operations import Operation
+from server.registry import Change, IdempotencyKey
 from tests.support.tiny import TinyBundles, make_bundles
 
 from .conftest import MAX_DOMAINS, Replica, Site
@@ -164,5 +167,37 @@ def test_changes_asked_for_at_once_get_an_epoch_each(
         )
         assert sorted(o.epoch for o in done) == [1, 2, 3]
         assert sorted(o.change.slot for o in done) == [0, 1, 2]
+
+    with_server(test)
+
+
+def test_a_repetition_is_not_told_that_its_own_change_made_it_stale(
+    with_server: Any, bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_the_beginning(epoch: int, is_active: bool) -> None:
+        if epoch != 0:
+            raise EpochConflictError("The domains have changed since")
+
+    async def test(server: Replica) -> None:
+        async def ask(key: str) -> Operation:
+            return await server.operations.activate(
+                "a",
+                bundles.experts["domain-0"],
+                precondition=at_the_beginning,
+                idempotency=IdempotencyKey(key=key, request_digest="sha256:" + "0" * 64),
+            )
+
+        first, replayed = await ask("k"), server.parts.registry.replayed
+        looks = []
+
+        def before_the_first_is_recorded(key: IdempotencyKey) -> Change | None:
+            looks.append(key)
+            return replayed(key) if len(looks) > 1 else None
+
+        monkeypatch.setattr(server.parts.registry, "replayed", before_the_first_is_recorded)
+        again = await ask("k")
+        assert (again.is_replayed, again.change) == (True, first.change)
+        with pytest.raises(EpochConflictError):
+            await ask("another")
 
     with_server(test)
