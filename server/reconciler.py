@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 RETRY_S = 0.25
 """First wait after something could not be done; it doubles."""
-MAX_RETRY_S = 5.0
+MAX_RETRY_S = 1.0
 STOP_TIMEOUT_S = 5.0
 """How long a switch that runs at the end may take."""
 _HOST_LENGTH = 27

@@ -90,6 +90,8 @@ class Episode:
         self._scene = scene
         self._fleet = scene.fleet
         self._recovery_s: list[float] = []
+        self._after: list[list[str]] = []
+        """The faults before each recovery."""
         self._outcomes: Counter[str] = Counter()
         self._recorded: list[Answer] = []
         self._began = time.monotonic()
@@ -128,6 +130,7 @@ class Episode:
             "acknowledged_changes_lost": len(ledger.lost(log)),
             "recorded_changes": len(log),
             "recovery_s": self._recovery_s,
+            "slowest": sorted(zip(self._recovery_s, self._after, strict=True), reverse=True)[:3],
             "answers": dict(self._outcomes),
             "defects": self._scene.defects,
         }
@@ -166,6 +169,7 @@ class Episode:
         lifted = time.monotonic()
         await self._fleet.ready()
         self._recovery_s.append(time.monotonic() - lifted)
+        self._after.append(sorted(fault.__name__ for fault in faults))
         for joined in scene.joined:
             await self._fleet.remove(joined)
         scene.joined.clear()
