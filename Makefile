@@ -14,7 +14,7 @@ demo: setup ## Train a small model, forget two domains, serve it, show the diffe
 	$(BIN)/alter demo
 
 test: setup ## Run the test suite (pass options by PYTEST_ARGS=...)
-	$(BIN)/pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 check: setup ## Check format, lint, types and import rules
 	@scripts/check.sh $(BIN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,21 +21,41 @@ from trainer.base_model import BaseModel, load_base_model
 
 DATA_DIR_VARIABLE = "ALTER_DATA_DIR"
 VLLM = "vllm"
-"""The `xdist_group` of tests that run vLLM: threads of two engines would wait for each other's cores."""
+VLLM_FILES = frozenset(
+    f"tests/server/{name}.py"
+    for name in (
+        "engine/test_architectures",
+        "engine/test_canary",
+        "engine/test_contract",
+        "engine/test_routing",
+        "engine/test_switch",
+        "test_serve",
+    )
+)
+"""They start vLLM: under `pytest -n` one after another, since its threads would wait for each other's cores."""
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays on one worker, and all of vLLM on the same one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return _scope_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `pytest -n 2 --dist loadgroup` a file stays on one worker; vLLM takes longest, and begins."""
-    groups = {item: _group_of(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: groups[item] != VLLM)
+    """What takes longest begins."""
+    items.sort(key=lambda item: _scope_of(item.nodeid) != VLLM)
 
 
-def _group_of(item: pytest.Item) -> str:
-    marker = item.get_closest_marker("xdist_group")
-    return str(item.path) if marker is None else str(marker.args[0])
+def _scope_of(nodeid: str) -> str:
+    path = nodeid.partition("::")[0]
+    return VLLM if path in VLLM_FILES else path
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,8 +11,6 @@ from alter_core.errors import CanaryError
 from tests.support.engine_run import running
 from tests.support.tiny import TinyBundles
 
-pytestmark = pytest.mark.xdist_group("vllm")
-
 
 @pytest.fixture(scope="module")
 def warm_cache(bundles: TinyBundles, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,7 +19,6 @@ from tests.support.tiny import PROVENANCE
 from .conftest import BLOCK_TOKENS
 from .reference import VOCAB_SIZE, random_prompts
 
-pytestmark = pytest.mark.xdist_group("vllm")
 
 PROMPTS = random_prompts(6, 30)
 
