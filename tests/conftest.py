@@ -32,7 +32,7 @@ VLLM_FILES = frozenset(
         "test_serve",
     )
 )
-"""They start vLLM: under `pytest -n` one after another, since its threads would wait for each other's cores."""
+"""They start vLLM: under `pytest -n` one after another, since its threads would wait for one another."""
 
 
 @pytest.hookimpl(optionalhook=True)

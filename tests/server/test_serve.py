@@ -32,7 +32,6 @@ from tests.support.tiny import VOCAB_SIZE, TinyBundles, make_bundles
 from trainer.base_model import load_base_model
 from trainer.dataset import EncodedRow
 
-
 QUESTION = "the quick brown fox jumps over the lazy dog and the five boxing wizards jump quickly"
 WAITING = {"Prefer": "wait=60"}
 TEXT = [QUESTION, "pack my box with five dozen liquor jugs", "how vexingly quick daft zebras jump"]

@@ -15,7 +15,6 @@ from tests.support.tiny import ARCHITECTURES, TinyBundles, make_bundles
 
 from .reference import Reference, random_prompts
 
-
 PROMPTS = random_prompts(4, 50, seed=20)
 DOMAINS = ["domain-0", "domain-1"]
 

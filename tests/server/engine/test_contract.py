@@ -22,7 +22,6 @@ from tests.support.tiny import TinyBundles
 
 from .reference import random_prompts
 
-
 PROMPT = random_prompts(1, 30)[0]
 MAX_DOMAINS = 4
 LENGTH = 60

@@ -13,7 +13,6 @@ from tests.support.tiny import TinyBundles
 from .conftest import MAX_BATCHED_TOKENS
 from .reference import Reference, random_prompts
 
-
 DOMAINS = ["domain-0", "domain-1", "domain-2"]
 
 

@@ -19,7 +19,6 @@ from tests.support.tiny import PROVENANCE
 from .conftest import BLOCK_TOKENS
 from .reference import VOCAB_SIZE, random_prompts
 
-
 PROMPTS = random_prompts(6, 30)
 
 
