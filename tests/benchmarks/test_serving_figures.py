@@ -15,6 +15,9 @@ from benchmarks.serving.report import write_report
 from benchmarks.serving.settings import FULL
 from benchmarks.serving.spread import Spread, percentile, ratios
 
+SETTINGS = dataclasses.replace(FULL, dtype="bfloat16")
+"""On every machine."""
+
 MEASURED = {"measured_at": "2026-01-01T00:00:00+00:00", "load_before": 0.1, "seconds": 5.0}
 
 
@@ -39,7 +42,7 @@ def _offline(*engines: str) -> Result:
 
 
 def _scale() -> Result:
-    floor = floor_of(Sizes.of(SHAPES["150m"]), value_bytes=FULL.value_bytes)
+    floor = floor_of(Sizes.of(SHAPES["150m"]), value_bytes=SETTINGS.value_bytes)
     result = _offline("n1", "n256")
     tensors = 255 * (floor.b_bytes + floor.head_bytes)
     tables = 256 * 8192 * 5 * 64 * 2  # 264 columns, less 8 that one domain has too
@@ -96,7 +99,7 @@ RESULTS: dict[str, Result] = {
 
 
 def test_named_figures_are_ratios_of_the_headline_model_round_by_round() -> None:
-    values = figures_of(RESULTS, FULL).values
+    values = figures_of(RESULTS, SETTINGS).values
     assert values["vllm_lora_ratio_b16"] == pytest.approx(0.9)
     assert values["decode_ratio_b64_retain"] == pytest.approx(0.8)
     assert values["decode_ratio_b16_mixed"] == pytest.approx(0.8)
@@ -112,7 +115,7 @@ def test_named_figures_are_ratios_of_the_headline_model_round_by_round() -> None
 
 
 def test_names_are_those_of_the_issue_and_gpu_ones_are_null_with_a_reason() -> None:
-    found = figures_of(RESULTS, FULL)
+    found = figures_of(RESULTS, SETTINGS)
     plain = [name for name in found.values if "/" not in name]
     assert plain == [name for bar in BARS for name in (bar, f"gpu_{bar}")]
     gpu = [name for name in plain if name.startswith("gpu_")]
@@ -121,19 +124,19 @@ def test_names_are_those_of_the_issue_and_gpu_ones_are_null_with_a_reason() -> N
 
 
 def test_figure_of_a_block_that_was_not_run_is_null_with_a_reason() -> None:
-    found = figures_of({"offline-150m": RESULTS["offline-150m"]}, FULL)
+    found = figures_of({"offline-150m": RESULTS["offline-150m"]}, SETTINGS)
     assert found.values["switch_gap_p99_ms"] is None
     assert "not measured" in found.not_measured["switch_gap_p99_ms"]
     assert found.values["decode_ratio_b1_retain"] == pytest.approx(0.8)
 
 
 def test_every_named_figure_is_measured_by_a_full_run() -> None:
-    found = figures_of(RESULTS, FULL)
+    found = figures_of(RESULTS, SETTINGS)
     assert [name for name in BARS if found.values[name] is None] == []
 
 
 def test_page_has_every_figure_its_bar_and_its_plots(tmp_path: Path) -> None:
-    path = write_report(tmp_path, "serving", RESULTS, FULL, failed=["n64-25m"])
+    path = write_report(tmp_path, "serving", RESULTS, SETTINGS, failed=["n64-25m"])
     content: dict[str, Any] = json.loads(path.read_text())
     assert content["figures"]["decode_ratio_b64_retain"] == pytest.approx(0.8)
     assert content["notes"]["active domains of the named figures"] == 8
