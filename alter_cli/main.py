@@ -69,6 +69,12 @@ def _fleet() -> None:
     app.command("fleet")(fleet_command)
 
 
+def _trace() -> None:
+    from server.cli import trace_command
+
+    app.command("trace")(trace_command)
+
+
 def _audit() -> None:
     from server.cli import audit_app
 
@@ -89,6 +95,7 @@ _LOADERS: dict[str, Callable[[], None]] = {
     "bundle": _bundle,
     "domains": _domains,
     "fleet": _fleet,
+    "trace": _trace,
     "audit": _audit,
     "token": _token,
 }

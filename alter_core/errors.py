@@ -193,6 +193,10 @@ class OperationNotFoundError(RegistryError):
     """No change has that operation id."""
 
 
+class PromptError(AlterError):
+    """A text or chat that the model cannot be given."""
+
+
 class EngineError(AlterError):
     """The engine cannot do, or cannot prove, what was asked of it."""
 

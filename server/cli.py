@@ -1,4 +1,4 @@
-"""`alter serve | domains | fleet | audit | token`. Results on stdout, everything else on stderr."""
+"""`alter serve | domains | fleet | trace | audit | token`. Results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server import security_options as options
 from server.api.models import ForgetDomain, Operation
 from server.audit import AuditLog, Head, read_export, verify_chain
 from server.client import DEFAULT_URL, AdminClient
-from server.engine.base import InFlight
+from server.engine.base import InFlight, Message
 from server.registry.registry import DEFAULT_LEASE_S
 from server.security import SecurityFlags
 from server.settings import (
@@ -303,6 +303,32 @@ def fleet_command(
             f"{replica.silence_s:.1f} s",
             replica.reason or "",
         )
+    Console().print(table)
+
+
+def trace_command(
+    text: Annotated[str, typer.Argument(help="What to trace; '-' reads it from standard input.")],
+    as_chat: Annotated[
+        bool, typer.Option("--chat", help="As a user's message, in the model's chat template.")
+    ] = False,
+    url: Url = DEFAULT_URL,
+    token_file: TokenFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a running server routes a text: entropy, path and experts of every token."""
+    if text == "-":
+        text = typer.get_text_stream("stdin").read()
+    with _client(url, token_file) as client:
+        answer = client.trace([Message(role="user", content=text)] if as_chat else text)
+    if as_json:
+        _print_json(answer)
+        return
+    table = Table(title=f"epoch {answer.epoch}")
+    for heading in ("token", "entropy", "path", "experts"):
+        table.add_column(heading)
+    for token in answer.tokens:
+        experts = ", ".join(f"{each.expert} {each.weight:.2f}" for each in token.experts)
+        table.add_row(repr(token.text)[1:-1], f"{token.entropy:.3f}", token.path, experts)
     Console().print(table)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ssl
 import time
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -20,12 +21,13 @@ from server.api.models import (
     Operation,
     Problem,
     Status,
+    Trace,
 )
 from server.api.preferences import MAX_WAIT_S
 from server.api.problems import MEDIA_TYPE, TYPE_PREFIX
 from server.audit import check_reason
 from server.domain_rules import check_domain_name
-from server.engine.base import InFlight
+from server.engine.base import InFlight, Message
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 300.0
@@ -95,6 +97,11 @@ class AdminClient:
     def fleet(self) -> Fleet:
         """All servers of the registry."""
         return self._ask("GET", "/fleet", Fleet)
+
+    def trace(self, prompt: str | Sequence[Message]) -> Trace:
+        """How a text, or a chat, is routed, token by token. Raises: PromptError."""
+        body = {"text": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
+        return self._ask("POST", "/trace", Trace, body=body)
 
     def operation(self, operation_id: str, *, wait_s: int = 0) -> Operation:
         """How far a change has come; waits up to `wait_s` for it to be active or failed."""
@@ -181,7 +188,7 @@ class AdminClient:
         answer: type[Answer],
         *,
         headers: dict[str, str] | None = None,
-        body: dict[str, str] | None = None,
+        body: dict[str, Any] | None = None,
     ) -> Answer:
         try:
             response = self._http.request(method, path, headers=headers, json=body)

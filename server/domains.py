@@ -14,7 +14,7 @@ import asyncio
 import dataclasses
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,14 @@ from alter_core.substrate import Substrate
 from server import audit
 from server.audit import AuditEntry, AuditLog, Cause
 from server.bundle_figures import read_figures
-from server.engine.base import CanaryReport, EngineState, ForgetEngine, InFlight, SwitchReport
+from server.engine.base import (
+    CanaryReport,
+    EngineState,
+    ForgetEngine,
+    InFlight,
+    SwitchReport,
+    TracedToken,
+)
 from server.metrics import RETAIN, AlterMetrics, RoutedTokenLedger, TokenCount
 from server.registry import Change, DesiredState
 
@@ -77,6 +84,16 @@ class ServiceStatus:
     max_domains: int
     num_active: int
     canary: CanaryReport | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutedText:
+    """How the tokens of a text were routed."""
+
+    epoch: int
+    tokens: tuple[TracedToken, ...]
+    names: Mapping[int | None, str]
+    """Of the experts that it may have been routed to, by slot."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,6 +290,18 @@ class DomainService:
         """
         if not self._is_switching:
             await self._collect(timeout_s)
+
+    async def trace(self, token_ids: Sequence[int]) -> RoutedText:
+        """Routes of a text under the domains that are applied. Raises: EngineError."""
+        while True:
+            self._require_trust()
+            trace = await self._engine.trace(token_ids)
+            applied = {slot: domain.digest for slot, domain in self._domains.items()}
+            traced = {slot: d for slot, d in enumerate(trace.state.digests) if d is not None}
+            if traced == applied:  # no switch has come since
+                names: dict[int | None, str] = {None: RETAIN}
+                names.update((slot, domain.name) for slot, domain in self._domains.items())
+                return RoutedText(epoch=self._epoch, tokens=trace.tokens, names=names)
 
     async def _planned(
         self, change: Change, bundle: Path | None, *, epoch: int, engine_epoch: int

@@ -58,6 +58,7 @@ class AlterEndpointPlugin:
             raise UnsupportedEngineError(
                 "This server has no engine", expected="vLLM's API server", got="its render server"
             )
+        from server.engine.prompts import VllmPrompts
         from server.engine.vllm_engine import VllmForgetEngine
 
         audit_log = AuditLog.open(settings.audit_log)
@@ -79,6 +80,7 @@ class AlterEndpointPlugin:
             audit=audit_log,
             requires_if_match=settings.require_if_match,
             sources=settings.security.sources,
+            prompts=VllmPrompts(state),
         )
         await parts.start(settings.domains)
         if (where := settings.security.admin_port) is not None:

@@ -64,6 +64,7 @@ class Reconciler:
         self._tried = 0
         self._error: str | None = None
         self._registry_error: str | None = None
+        self._told: Heartbeat | None = None
         self._is_restoring = False
         self._is_stopped = False
         self._wake = asyncio.Event()
@@ -236,7 +237,9 @@ class Reconciler:
                     words = error if isinstance(error, AlterError) else type(error).__name__
                     logger.error("Epoch %d could not be applied: %s", self.head, words)
                 self._error = kind
-        await self._report()
+        # Every server would report each change twice, one after the other over the log's lock.
+        if not (self.is_ready and self._heartbeat() == self._told):
+            await self._report()
         if self._error is not None:
             self._tried = max(self._tried, wanted)
         self._notify()
@@ -269,13 +272,7 @@ class Reconciler:
     async def _report(self) -> None:
         """Tells the registry, and takes the lease that it grants."""
         async with self._reporting:
-            asked_at, state, known = self._lease.now(), self._state(), self.head
-            heartbeat = Heartbeat(
-                replica_id=self.replica_id,
-                applied_epoch=self._service.proven_epoch,
-                state=state,
-                last_error="engine" if not self._service.is_trusted else self._error,
-            )
+            asked_at, heartbeat, known = self._lease.now(), self._heartbeat(), self.head
             try:
                 lease = await self._call(self._registry.heartbeat, heartbeat)
                 if lease.head < known:
@@ -285,17 +282,26 @@ class Reconciler:
                     logger.warning("The lease was not renewed: %s", error)
                 self._registry_error = error_kind(error)
             else:
+                self._told = heartbeat
                 if self._registry_error is not None:
                     self._registry_error = None
                     self._wake.set()  # what waits to be tried again need not wait any longer
                 # A restoration may have begun since, and even have failed halfway.
                 is_whole = self._service.is_whole and not self._is_restoring
-                if state == "serving" and is_whole and not self._is_stopped:
+                if heartbeat.state == "serving" and is_whole and not self._is_stopped:
                     self._lease.extend(asked_at, lease.duration_s)
                     if self._lease.is_held:
                         self._lease_came.set()
                 self.wake(lease.head)
         self._notify()
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            replica_id=self.replica_id,
+            applied_epoch=self._service.proven_epoch,
+            state=self._state(),
+            last_error="engine" if not self._service.is_trusted else self._error,
+        )
 
     def _notify(self) -> None:
         done, self._progress = self._progress, asyncio.Event()

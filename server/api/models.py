@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from alter_core.errors import ConfigError
 from server.audit import MAX_REASON_LENGTH, check_reason
-from server.domains import ActiveDomain, DomainService
-from server.engine.base import InFlight, SwitchReport
+from server.domains import ActiveDomain, DomainService, RoutedText
+from server.engine.base import InFlight, Message, PromptToken, SwitchReport
 from server.metrics import TokenCount
 from server.operations import Operation as OperationRecord
 from server.operations import OperationState, Outcome
@@ -393,6 +393,112 @@ class FieldError(_Response):
 
     location: str
     message: str
+
+
+class ChatMessage(BaseModel):
+    """One message of a chat; text only."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: str = Field(min_length=1, max_length=64)
+    content: str
+
+
+class TraceRequest(BaseModel):
+    """Body of `POST /admin/trace`: a text or a chat."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"messages": [{"role": "user", "content": "Who wrote The Crimson Dusk?"}]},
+                {"text": "The Crimson Dusk was written by"},
+            ]
+        },
+    )
+
+    text: str | None = Field(default=None, min_length=1)
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> Self:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError("give text or messages, and not both")
+        return self
+
+    @property
+    def prompt(self) -> str | list[Message]:
+        """Whichever was given."""
+        if self.messages is None:
+            assert self.text is not None
+            return self.text
+        return [Message(role=each.role, content=each.content) for each in self.messages]
+
+
+class ExpertWeight(_Response):
+    """One expert of the sum of Eq. 9."""
+
+    expert: str
+    """Name of the domain, or `retain`."""
+    weight: float
+
+
+class TraceToken(_Response):
+    """One token, and how it was routed."""
+
+    token_id: int
+    text: str
+    """What it adds to the text before it; a character of several tokens comes with its last one."""
+    entropy: float
+    path: Literal["high", "low"]
+    experts: list[ExpertWeight]
+    """None where the base weights stand alone."""
+
+
+class Trace(_Response):
+    """How a text is routed under an epoch."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "epoch": 4,
+                    "tokens": [
+                        {
+                            "token_id": 1734,
+                            "text": " Dusk",
+                            "entropy": 0.31,
+                            "path": "low",
+                            "experts": [{"expert": "authors", "weight": 1.0}],
+                        }
+                    ],
+                }
+            ]
+        }
+    )
+
+    epoch: int
+    tokens: list[TraceToken]
+
+    @classmethod
+    def of(cls, prompt: Sequence[PromptToken], routed: RoutedText) -> Trace:
+        """Puts what was read and how it was routed side by side."""
+        return cls(
+            epoch=routed.epoch,
+            tokens=[
+                TraceToken(
+                    token_id=token_id,
+                    text=text,
+                    entropy=token.entropy,
+                    path="high" if token.is_high else "low",
+                    experts=[
+                        ExpertWeight(expert=routed.names[slot], weight=weight)
+                        for slot, weight in token.weights
+                    ],
+                )
+                for (token_id, text), token in zip(prompt, routed.tokens, strict=True)
+            ],
+        )
 
 
 class Problem(_Response):

@@ -29,6 +29,7 @@ from alter_core.errors import (
     IdempotencyConflictError,
     NoFreeSlotError,
     OperationNotFoundError,
+    PromptError,
     RegistryError,
     problem_kind,
 )
@@ -52,6 +53,7 @@ _STATUS: tuple[tuple[type[AlterError], HTTPStatus], ...] = (
     (IdempotencyConflictError, HTTPStatus.CONFLICT),
     (OperationNotFoundError, HTTPStatus.NOT_FOUND),
     (RegistryError, HTTPStatus.SERVICE_UNAVAILABLE),
+    (PromptError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (EngineError, HTTPStatus.SERVICE_UNAVAILABLE),
 )
 _MAX_FIELD_ERRORS = 20

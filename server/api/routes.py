@@ -32,6 +32,8 @@ from .models import (
     Operation,
     Problem,
     Status,
+    Trace,
+    TraceRequest,
 )
 from .preferences import APPLIED, MAX_WAIT_S, wait_of
 from .problems import MEDIA_TYPE, ProblemError
@@ -237,6 +239,33 @@ async def fleet(parts: With) -> Response:
     head, replicas = await parts.operations.fleet()
     answer = Fleet.of(head, replicas, parts.reconciler.replica_id)
     return JSONResponse(answer.model_dump(mode="json"))
+
+
+@router.post(
+    "/trace",
+    summary="Show how a text is routed",
+    response_model=Trace,
+    responses=_problems(HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.SERVICE_UNAVAILABLE),
+)
+async def trace(body: TraceRequest, request: Request, parts: With) -> Response:
+    """Entropy, path and experts of every token, as this server computes it now, beside other requests.
+
+    A chat is rendered by the server's template, with the beginning of an answer unless it ends in one.
+    One trace at a time; it changes nothing, and the text is kept nowhere.
+    """
+    runtime: AlterRuntime = request.app.state.alter
+    if runtime.prompts is None or not runtime.is_serving:
+        raise ProblemError(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "not-serving",
+            "This server does not generate",
+            "Without trust in its engine, or leave of the fleet, a server computes nothing",
+            fix="See /admin/status, and try again when /health/ready is green.",
+            headers={"Retry-After": "5"},
+        )
+    prompt = await runtime.prompts.read(body.prompt)
+    routed = await parts.service.trace([token.token_id for token in prompt])
+    return _json(Trace.of(prompt, routed), routed.epoch)
 
 
 async def _awaited(

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 
 from server.admin_port import AdminPort, AdminServer
 from server.audit import AuditLog
+from server.engine.base import Prompts
 from server.parts import Parts
 from server.registry import ImportPolicy
 from server.tokens import TokenStore
@@ -41,6 +42,7 @@ class AlterRuntime:
 
     def __init__(self) -> None:
         self.parts: Parts | None = None
+        self.prompts: Prompts | None = None
         self.admin_token_sha256: bytes | None = None
         self.tokens: TokenStore | None = None
         self.audit: AuditLog | None = None
@@ -60,14 +62,16 @@ class AlterRuntime:
         audit: AuditLog | None = None,
         requires_if_match: bool = False,
         sources: ImportPolicy | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         """Lets requests through, for as long as the server may generate.
 
         `audit` is the server's own log, for what is refused before it gets there. `requires_if_match`:
         no change without If-Match or If-None-Match. `sources` says where bundles that a request names may
-        lie; None: nowhere.
+        lie; None: nowhere. `prompts` makes the prompts of traces.
         """
         self.parts = parts
+        self.prompts = prompts
         self.admin_token_sha256 = admin_token_sha256
         self.tokens = tokens
         self.audit = audit

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol, TypedDict
 
 from alter_core.config import AlterConfig
 from alter_core.errors import UnsupportedEngineError
@@ -73,6 +74,53 @@ class RoutedTokens:
     """On the low-entropy path."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TracedToken:
+    """How one token was routed."""
+
+    token_id: int
+    entropy: float
+    """Tsallis, as the estimator gives it."""
+    is_high: bool
+    """The path of Eq. 9 that it took."""
+    weights: tuple[tuple[int | None, float], ...]
+    """Slot (None: the retain expert) and weight of each expert in the sum; none: the base weights alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Routes of a text under one set of experts."""
+
+    state: EngineState
+    tokens: tuple[TracedToken, ...]
+
+
+class Message(TypedDict):
+    """Of a chat."""
+
+    role: str
+    content: str
+
+
+class PromptToken(NamedTuple):
+    """One token of a prompt."""
+
+    token_id: int
+    text: str
+    """What it adds to the text before it."""
+
+
+class Prompts(Protocol):
+    """Makes prompts as the server's own routes do."""
+
+    async def read(self, prompt: str | Sequence[Message]) -> tuple[PromptToken, ...]:
+        """The tokens of a text, or of a chat: with the beginning of an answer, unless it ends in one.
+
+        Raises: PromptError.
+        """
+        ...
+
+
 class ForgetEngine(Protocol):
     """Applies forget experts to a running engine."""
 
@@ -106,6 +154,13 @@ class ForgetEngine(Protocol):
 
     async def routed_tokens(self) -> list[RoutedTokens]:
         """Counts for the retain expert and every occupied slot."""
+        ...
+
+    async def trace(self, token_ids: Sequence[int]) -> Trace:
+        """Computes a text as a request of its own, from its first token on, and tells how it was routed.
+
+        Traces come one after another; other requests go on. Raises: EngineError.
+        """
         ...
 
     async def run_canary(self) -> CanaryReport:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,29 @@ _CANARY_LOGIT = 1e3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RouteRecord:
-    """How one step was routed. Shapes: `weights` (T, E), `entropy` (T,); tokens in batch order."""
+class TracedRows:
+    """How the tokens of one request in one step were routed. Shapes: entropy (T,), weights (T, E)."""
 
-    step: StepTokens
-    weights: Tensor
+    request: str
+    start: int
+    """Position of the first of them."""
     entropy: Tensor
+    weights: Tensor
+
+    def listed(self, entropy_threshold: float) -> dict[str, Any]:
+        """In plain types; of each token the experts in the sum, none where the base weights stand alone."""
+        weights: list[list[tuple[int, float]]] = [[] for _ in self.entropy]
+        tokens, experts = self.weights.nonzero(as_tuple=True)
+        values = self.weights[tokens, experts].tolist()
+        for token, expert, value in zip(tokens.tolist(), experts.tolist(), values, strict=True):
+            weights[token].append((expert, value))
+        return {
+            "request": self.request,
+            "start": self.start,
+            "entropy": self.entropy.tolist(),
+            "is_high": (self.entropy > entropy_threshold).tolist(),
+            "weights": weights,
+        }
 
 
 class Gate:
@@ -50,8 +68,9 @@ class Gate:
         self.bank = bank
         self.num_experts = num_experts
         self.is_canary_planted = False
-        self.records: list[RouteRecord] | None = None
-        """Set to a list to record every step. Eager and CPU only: a replayed CUDA graph records nothing."""
+        self.traced: str | None = None
+        """How the ids of the requests begin whose routes are recorded; None: of no request."""
+        self.trace: list[TracedRows] = []
         self._step: StepTokens | None = None
         self._estimator = substrate.estimator.to(device).requires_grad_(False)
         self._has_retain_expert = bool(substrate.retain_lora_b)
@@ -64,6 +83,10 @@ class Gate:
         self._logits = torch.full((max_tokens, num_experts - 1), NO_EVIDENCE, device=device)
         self._is_token = torch.zeros(max_tokens, dtype=torch.bool, device=device)
         self._counts = torch.zeros(num_experts, 2, dtype=torch.long, device=device)
+        # What a captured graph writes into, so that its replay can be looked at.
+        num_rows = 0 if is_native else max_tokens
+        self._entropy = torch.zeros(num_rows, device=device)
+        self._weights = torch.zeros(num_rows, num_experts, device=device)
 
     def prepare(self, step: StepTokens | None, num_padded: int) -> None:
         """Takes the router logits of the coming forward pass. None: a step without requests."""
@@ -91,7 +114,8 @@ class Gate:
         """
         if not self._is_native:
             entropy, weights = self._route(_sum(hidden_states, residual))
-            self._record(weights, entropy)
+            self._entropy[: len(entropy)].copy_(entropy)
+            self._weights[: len(weights)].copy_(weights)
             is_cpu = hidden_states.device.type == "cpu"
             return plan.pack(weights, self.config.top_k) if is_cpu else weights
         fc1, fc2 = self._estimator.fc1, self._estimator.fc2
@@ -110,16 +134,32 @@ class Gate:
             self.config.top_k,
             self._has_retain_expert,
         )
-        if self.records is not None:
-            weights = plan.dense(
+        if self.traced is not None:
+            self._entropy = self._estimator(_sum(hidden_states, residual))
+            self._weights = plan.dense(
                 routes, num_tokens=len(hidden_states), num_experts=self.num_experts
             )
-            self._record(weights, self._estimator(_sum(hidden_states, residual)))
         return routes
 
-    def _record(self, weights: Tensor, entropy: Tensor) -> None:
-        if self.records is not None and self._step is not None:
-            self.records.append(RouteRecord(step=self._step, weights=weights, entropy=entropy))
+    def record(self) -> None:
+        """Adds the traced requests' tokens of the step that was computed last to `trace`."""
+        if self.traced is None or self._step is None:
+            return
+        at = 0
+        for request, start, count in zip(
+            self._step.request_ids, self._step.starts, self._step.counts, strict=True
+        ):
+            rows = slice(at, at + int(count))
+            if request.startswith(self.traced):
+                self.trace.append(
+                    TracedRows(
+                        request=request,
+                        start=int(start),
+                        entropy=self._entropy[rows].clone(),
+                        weights=self._weights[rows].clone(),
+                    )
+                )
+            at = rows.stop
 
     @functools.cached_property
     def _estimator_bias(self) -> float:

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from vllm.engine.protocol import EngineClient
 
 from alter_core.errors import CanaryError, EngineError, SwitchError
 
-from .base import CanaryReport, EngineState, InFlight, RoutedTokens, SwitchReport
+from .base import (
+    CanaryReport,
+    EngineState,
+    InFlight,
+    RoutedTokens,
+    SwitchReport,
+    Trace,
+    TracedToken,
+)
 
 _RPC_TIMEOUT_S = 300.0
 _STAGE_POLL_S = 0.01
@@ -41,6 +50,7 @@ class VllmForgetEngine:
         self._client = client
         self._is_trusted = True
         self._confirmation: asyncio.Task[None] | None = None
+        self._tracing = asyncio.Lock()
 
     @property
     def is_trusted(self) -> bool:
@@ -180,6 +190,51 @@ class VllmForgetEngine:
             for slot, digest in enumerate(state.digests)
             if digest is not None
         ]
+
+    async def trace(self, token_ids: Sequence[int]) -> Trace:
+        """See `ForgetEngine.trace`."""
+        async with self._tracing:
+            while True:
+                state = await self.state()
+                tokens = await self._traced(token_ids)
+                if await self.state() == state:  # no switch came between
+                    return Trace(state=state, tokens=tokens)
+
+    async def _traced(self, token_ids: Sequence[int]) -> tuple[TracedToken, ...]:
+        request = f"alter-trace-{uuid.uuid4()}"
+        # Of a prefix that is in the cache nothing would be computed.
+        params = SamplingParams(max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
+        prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+        await self._rpc("alter_trace", request)
+        try:
+            async for _ in self._client.generate(prompt, params, request):
+                pass
+        finally:
+            rows = (await self._rpc("alter_trace", None))[0]
+        # Of a request that was computed again, the later rows count.
+        routes = {
+            row["start"] + offset: (entropy, is_high, weights)
+            for row in rows
+            for offset, (entropy, is_high, weights) in enumerate(
+                zip(row["entropy"], row["is_high"], row["weights"], strict=True)
+            )
+        }
+        if routes.keys() < set(range(len(token_ids))):
+            raise EngineError(
+                "The workers did not say how every token was routed",
+                expected=f"{len(token_ids)} tokens",
+                got=str(len(routes)),
+            )
+        traced = []
+        for position, token_id in enumerate(token_ids):
+            entropy, is_high, weights = routes[position]
+            slots = tuple(
+                (expert - 1 if expert > 0 else None, weight) for expert, weight in weights
+            )
+            traced.append(
+                TracedToken(token_id=token_id, entropy=entropy, is_high=is_high, weights=slots)
+            )
+        return tuple(traced)
 
     async def run_canary(self) -> CanaryReport:
         """See `ForgetEngine.run_canary`."""

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from alter_core.evidence import EvidenceHead
 from alter_core.substrate import ForgetExpert, Substrate
 
 from .evidence_bank import StepTokens
-from .gate import RouteRecord
 from .hook import install
 
 _CANARY_SEED = 20260301
@@ -107,7 +105,9 @@ class AlterWorkerMixin:
                     fix="Serve without --enable-prompt-embeds.",
                 )
             gate.prepare(_step_tokens(runner), input_ids.shape[0])
-            return model_forward(input_ids, *args, **kwargs)
+            output = model_forward(input_ids, *args, **kwargs)
+            gate.record()
+            return output
 
         runner._model_forward = routed_model_forward
 
@@ -260,14 +260,11 @@ class AlterWorkerMixin:
         """[high, low] by expert index."""
         return self._gate.routed_tokens()
 
-    def alter_record_routes(self, is_on: bool) -> list[list[Any]]:
-        """Starts recording; or stops, and returns [request, position, expert, weight, entropy] per token.
-
-        `expert` is the index with the largest weight, -1 where no expert applies (base weights).
-        """
-        records = self._gate.records or []
-        self._gate.records = [] if is_on else None
-        return [row for record in records for row in _record_rows(record)]
+    def alter_trace(self, requests: str | None) -> list[dict[str, Any]]:
+        """Begins to trace the requests whose ids begin so, or ends it (None); see `TracedRows.listed`."""
+        trace, self._gate.trace = self._gate.trace, []
+        self._gate.traced = requests
+        return [rows.listed(self._gate.config.entropy_threshold) for rows in trace]
 
     def alter_sites(self) -> list[str]:
         """Names of the adapted sites."""
@@ -290,20 +287,6 @@ class AlterGPUWorker(AlterWorkerMixin, Worker):  # type: ignore[misc]
 
 class AlterCPUWorker(AlterWorkerMixin, CPUWorker):  # type: ignore[misc]
     """vLLM's CPU worker with ALTER installed."""
-
-
-def _record_rows(record: RouteRecord) -> Iterator[list[Any]]:
-    step = record.step
-    tokens = [
-        (request, position)
-        for request, start, count in zip(step.request_ids, step.starts, step.counts, strict=True)
-        for position in range(start, start + count)
-    ]
-    best = record.weights[: len(tokens)].max(dim=1)
-    for (request, position), weight, expert, entropy in zip(
-        tokens, best.values.tolist(), best.indices.tolist(), record.entropy.tolist(), strict=False
-    ):
-        yield [request, int(position), expert if weight > 0 else -1, weight, entropy]
 
 
 def _step_tokens(runner: Any) -> StepTokens | None:

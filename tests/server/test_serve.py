@@ -139,6 +139,34 @@ def test_evaluation_through_the_server_agrees_with_the_reference(
     assert sum(hits) >= 0.95 * len(hits)
 
 
+def test_a_trace_is_of_the_tokens_that_the_chat_route_computes(
+    admin: httpx.Client, server: RunningServer
+) -> None:
+    chat = {"messages": [{"role": "user", "content": QUESTION}]}
+    for body, asked in (
+        (chat, chat),
+        ({"text": QUESTION}, {"prompt": QUESTION}),
+        (
+            {"messages": [*chat["messages"], {"role": "assistant", "content": TEXT[1]}]},
+            {
+                "messages": [*chat["messages"], {"role": "assistant", "content": TEXT[1]}],
+                "add_generation_prompt": False,
+            },
+        ),
+    ):
+        answer = admin.post("/admin/trace", json=body)
+        assert answer.status_code == 200, answer.text
+        trace = answer.json()
+        tokens = httpx.post(f"{server.url}/tokenize", json={"model": "demo", **asked}).json()
+        assert [token["token_id"] for token in trace["tokens"]] == tokens["tokens"]
+        assert QUESTION in "".join(token["text"] for token in trace["tokens"])
+        assert {e["expert"] for t in trace["tokens"] for e in t["experts"]} == {"from-start"}
+        assert admin.post("/admin/trace", json=body).json() == trace
+    refused = admin.post("/admin/trace", json={"text": "fox " * 3000})
+    assert refused.status_code == 422
+    assert refused.json()["type"].endswith(":prompt")
+
+
 def test_multiple_choice_through_the_server_has_the_numbers_of_the_hugging_face_path(
     server: RunningServer, bundles: TinyBundles
 ) -> None:

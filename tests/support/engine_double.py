@@ -12,13 +12,21 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from alter_core.errors import EngineError, SwitchError
 from alter_core.substrate import ForgetExpert, Substrate
-from server.engine.base import CanaryReport, EngineState, InFlight, RoutedTokens, SwitchReport
+from server.engine.base import (
+    CanaryReport,
+    EngineState,
+    InFlight,
+    RoutedTokens,
+    SwitchReport,
+    Trace,
+    TracedToken,
+)
 
 Step = Literal["stage", "pause", "commit", "reset", "resume"]
 STEPS: tuple[Step, ...] = get_args(Step)
@@ -96,6 +104,21 @@ class EngineDouble:
     async def routed_tokens(self) -> list[RoutedTokens]:
         """See `ForgetEngine.routed_tokens`."""
         return [RoutedTokens(slot=slot, high=0, low=n) for slot, n in self._counts.items()]
+
+    async def trace(self, token_ids: Sequence[int]) -> Trace:
+        """See `ForgetEngine.trace`. Every token is on all active experts."""
+        await self._runs.wait()
+        slots = [slot for slot in self._counts if slot is not None]
+        tokens = tuple(
+            TracedToken(
+                token_id=token_id,
+                entropy=0.5,
+                is_high=False,
+                weights=tuple((slot, 1.0) for slot in slots),
+            )
+            for token_id in token_ids
+        )
+        return Trace(state=await self.state(), tokens=tokens)
 
     async def run_canary(self) -> CanaryReport:
         """See `ForgetEngine.run_canary`."""

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +26,15 @@ class Route:
 
     position: int
     expert: int
+    """With the largest weight; -1 for none."""
     weight: float
     entropy: float
+
+    @classmethod
+    def of(cls, position: int, entropy: float, weights: Sequence[tuple[int, float]]) -> Route:
+        """From the experts of the sum, by index."""
+        expert, weight = max(weights, key=lambda each: each[1], default=(-1, 0.0))
+        return cls(position, expert, weight, entropy)
 
 
 class EngineRun:
@@ -161,14 +168,18 @@ class EngineRun:
     ) -> tuple[list[list[Route]], list[list[int]]]:
         """Routes of every computed token of each request, by position, and the completions."""
         first = next(self._ids) + 1
-        self.run(self.engine._rpc("alter_record_routes", True))
+        self.run(self.engine._rpc("alter_trace", ""))
         completions = self.generate(prompts, num_tokens)
-        rows = self.run(self.engine._rpc("alter_record_routes", False))[0]
+        rows = self.run(self.engine._rpc("alter_trace", None))[0]
         by_request: dict[str, dict[int, Route]] = {}
-        for request, position, expert, weight, entropy in rows:
+        for row in rows:
             # vLLM appends a random suffix to request ids.
-            name = "-".join(request.split("-")[:2])
-            by_request.setdefault(name, {})[position] = Route(position, expert, weight, entropy)
+            name = "-".join(row["request"].split("-")[:2])
+            for offset, (entropy, weights) in enumerate(
+                zip(row["entropy"], row["weights"], strict=True)
+            ):
+                position = row["start"] + offset
+                by_request.setdefault(name, {})[position] = Route.of(position, entropy, weights)
         routes = [
             [route for _, route in sorted(by_request[f"test-{first + index}"].items())]
             for index in range(len(prompts))

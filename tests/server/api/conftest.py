@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,23 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 
-from alter_core.errors import EngineError
+from alter_core.errors import EngineError, PromptError
 from alter_core.substrate import Substrate
 from server.api.app import attach
 from server.api.runtime import AlterRuntime
 from server.audit import AuditLog
 from server.domains import DomainService
-from server.engine.base import CanaryReport, EngineState, InFlight, RoutedTokens, SwitchReport
+from server.engine.base import (
+    CanaryReport,
+    EngineState,
+    InFlight,
+    Message,
+    PromptToken,
+    RoutedTokens,
+    SwitchReport,
+    Trace,
+    TracedToken,
+)
 from server.lease import boot_clock
 from server.metrics import AlterMetrics
 from server.operations import Operation, OperationService
@@ -58,6 +68,8 @@ class InMemoryEngine:
         self.gate: asyncio.Event | None = None
         """If set, a switch waits for it."""
         self.switches: list[dict[str, Any]] = []
+        self.traced: list[EngineState] = []
+        """What the next traces were computed with, as if a switch came after them."""
 
     async def switch(
         self,
@@ -93,12 +105,36 @@ class InMemoryEngine:
     async def routed_tokens(self) -> list[RoutedTokens]:
         return [RoutedTokens(slot=s, high=h, low=low) for s, (h, low) in self.counts.items()]
 
+    async def trace(self, token_ids: Sequence[int]) -> Trace:
+        slots = [slot for slot, digest in enumerate(self.digests) if digest is not None]
+        tokens = tuple(
+            TracedToken(
+                token_id=token_id,
+                entropy=token_id / 10,
+                is_high=token_id > 5,
+                weights=tuple((slot, 0.5) for slot in (None, *slots)),
+            )
+            for token_id in token_ids
+        )
+        return Trace(state=self.traced.pop(0) if self.traced else await self.state(), tokens=tokens)
+
     async def run_canary(self) -> CanaryReport:
         return CanaryReport(num_sites=8, min_logit_change=1.5, seconds=0.1)
 
     def break_down(self) -> None:
         """The next switch leaves nobody knowing what is applied."""
         self.failure = EngineError("The switch failed and could not be undone")
+
+
+class Words:
+    """Makes prompts as `Prompts` does: a word is a token, its id its length."""
+
+    async def read(self, prompt: str | Sequence[Message]) -> tuple[PromptToken, ...]:
+        if not isinstance(prompt, str):
+            prompt = " ".join(f"<{each['role']}> {each['content']}" for each in prompt)
+        if not prompt.split():
+            raise PromptError("This prompt has no token", expected="1 or more", got="0")
+        return tuple(PromptToken(len(word), word) for word in prompt.split())
 
 
 class Clock:
@@ -301,6 +337,7 @@ def make_stack(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable
             audit=audit_log,
             requires_if_match=requires_if_match,
             sources=ImportPolicy(folders=(tmp_path_factory.getbasetemp(),)),
+            prompts=Words(),
         )
         await replica.parts.start({})
         return Stack(replica.parts, replica.engine, replica.clock, app, runtime, steps)

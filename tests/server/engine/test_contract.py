@@ -15,7 +15,7 @@ import pytest
 from alter_core.bundle import read_manifest
 from alter_core.errors import AlterError, BundleError, SwitchError
 from alter_core.substrate import Substrate
-from server.engine.base import ForgetEngine, SwitchReport
+from server.engine.base import ForgetEngine, SwitchReport, Trace
 from tests.support.engine_double import EngineDouble
 from tests.support.engine_run import EngineRun
 from tests.support.tiny import TinyBundles
@@ -202,6 +202,30 @@ def test_counts_are_of_the_retain_expert_and_of_the_occupied_slots(subject: Subj
     counts = {c.slot: c.high + c.low for c in subject.run(subject.engine.routed_tokens())}
     assert counts.keys() == {None, 2}
     assert counts[None] > 0
+
+
+def test_a_trace_tells_of_every_token_and_leaves_everything_as_it_was(subject: Subject) -> None:
+    subject.change(2, "domain-0")
+    before = subject.run(subject.engine.state()), subject.generate(PROMPT, LENGTH)
+
+    async def beside() -> tuple[Trace, list[int]]:
+        stream = asyncio.create_task(_drain(subject.stream(PROMPT, LENGTH)))
+        traces = [await subject.engine.trace(PROMPT) for _ in range(3)]
+        assert all(trace.state == traces[0].state for trace in traces)
+        return traces[-1], await stream
+
+    trace, tokens = subject.run(beside())
+    assert trace.state == before[0]
+    assert [token.token_id for token in trace.tokens] == PROMPT
+    assert {slot for token in trace.tokens for slot, _ in token.weights} <= {2}
+    assert (subject.run(subject.engine.state()), tokens) == before
+
+
+async def _drain(stream: AsyncIterator[list[int]]) -> list[int]:
+    tokens: list[int] = []
+    async for so_far in stream:
+        tokens = so_far
+    return tokens
 
 
 def test_canary_leaves_no_trace(subject: Subject) -> None:

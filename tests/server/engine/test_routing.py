@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.support.engine_run import EngineRun, running
+from tests.support.engine_run import EngineRun, Route, running
 from tests.support.tiny import TinyBundles
 
 from .conftest import MAX_BATCHED_TOKENS
@@ -63,6 +63,27 @@ def test_routes_equal_reference_after_prefix_cache_hits(
     for prompt, actual in zip(prompts, routes, strict=True):
         assert len(actual) < len(prompt), "the prefix cache was not hit"
         reference.assert_routes(actual, prompt)
+
+
+def test_trace_equals_reference_though_its_prefix_is_cached(
+    active_engine: EngineRun, reference: Reference
+) -> None:
+    prompt = random_prompts(1, 3 * MAX_BATCHED_TOKENS, seed=8)[0]
+    active_engine.generate([prompt], 1)
+    trace = active_engine.run(active_engine.engine.trace(prompt))
+    assert trace.state.epoch == active_engine.epoch
+    routes = [
+        Route.of(
+            position,
+            token.entropy,
+            [(0 if slot is None else slot + 1, weight) for slot, weight in token.weights],
+        )
+        for position, token in enumerate(trace.tokens)
+    ]
+    reference.assert_routes(routes, prompt)
+    high = [token.is_high for token in trace.tokens]
+    assert any(high)
+    assert not all(high)
 
 
 def test_routes_of_generated_tokens_equal_reference(

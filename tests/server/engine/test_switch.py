@@ -164,12 +164,14 @@ def _span(
         return tokens, report
 
     first = next(engine._ids) + 1
-    engine.run(engine.engine._rpc("alter_record_routes", True))
+    engine.run(engine.engine._rpc("alter_trace", ""))
     tokens, report = engine.run(run())
-    rows = engine.run(engine.engine._rpc("alter_record_routes", False))[0]
+    rows = engine.run(engine.engine._rpc("alter_trace", None))[0]
     computed: dict[int, Counter[int]] = {}
-    for request, position, *_ in rows:
-        computed.setdefault(int(request.split("-")[1]) - first, Counter())[position] += 1
+    for row in rows:
+        index = int(row["request"].split("-")[1]) - first
+        positions = range(row["start"], row["start"] + len(row["entropy"]))
+        computed.setdefault(index, Counter()).update(positions)
     return Spanned(
         report=report,
         tokens=tokens,
