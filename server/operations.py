@@ -272,15 +272,13 @@ class OperationService:
             )
         ForgetExpert.from_bundle(bundle, self._substrate)
 
-    def _earlier(self, idempotency: IdempotencyKey | None) -> Change | None:
-        """Raises: IdempotencyConflictError."""
-        return None if idempotency is None else self._registry.replayed(idempotency)
-
     async def _replayed(self, idempotency: IdempotencyKey | None) -> Operation | None:
         """Raises: IdempotencyConflictError."""
+        if idempotency is None:
+            return None
 
         def look() -> Operation | None:
-            change = self._earlier(idempotency)
+            change = self._registry.replayed(idempotency)
             return None if change is None else self._replay(change)
 
         return await asyncio.to_thread(look)
@@ -310,7 +308,9 @@ class OperationService:
                     expected = self._checked_epoch(attempt, request, precondition)
                 except Exception:
                     # The same request may have come first, and have made its own condition stale.
-                    if (earlier := self._earlier(idempotency)) is None:
+                    if idempotency is None:
+                        raise
+                    if (earlier := self._registry.replayed(idempotency)) is None:
                         raise
                     return Appended(change=earlier, outcome="replayed", head=earlier.epoch)
                 try:

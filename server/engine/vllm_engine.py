@@ -219,7 +219,7 @@ class VllmForgetEngine:
                 zip(row["entropy"], row["is_high"], row["weights"], strict=True)
             )
         }
-        if routes.keys() < set(range(len(token_ids))):
+        if not routes.keys() >= set(range(len(token_ids))):
             raise EngineError(
                 "The workers did not say how every token was routed",
                 expected=f"{len(token_ids)} tokens",
