@@ -22,6 +22,7 @@ AlterError
 │   ├── DomainNotFoundError      no such active domain
 │   ├── DomainConflictError      the name, or the bundle, is taken
 │   └── NoFreeSlotError          every slot holds an expert
+├── PromptError                  a text to trace that the model cannot read
 ├── AuditError                   the audit log cannot be written or read
 │   └── AuditTamperedError       its chain is broken, or ends too early
 ├── RegistryError

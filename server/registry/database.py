@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import URL, Connection, create_engine, event, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from alter_core.errors import AlterError, ConfigError, RegistrySchemaError, RegistryUnavailableError
@@ -40,6 +40,11 @@ SELECT set_config('statement_timeout', %s, false),
        current_setting('fsync')
 """
 """One round trip: a server that comes back to a database under load opens several connections."""
+_PATIENT_POSTGRESQL = """
+SELECT set_config('statement_timeout', '0', true),
+       set_config('lock_timeout', '60s', true),
+       set_config('idle_in_transaction_session_timeout', '60s', true)
+"""
 
 
 class Database:
@@ -85,7 +90,8 @@ class Database:
         """
         with self._named_errors(), self._writer.begin() as connection:
             if self.is_postgresql:
-                connection.execute(text("SET LOCAL statement_timeout = 0"))
+                # Also between two statements a busy server may need longer than one that serves.
+                connection.execute(text(_PATIENT_POSTGRESQL))
                 connection.execute(
                     text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK}
                 )
@@ -232,6 +238,8 @@ def _upgrade(connection: Connection) -> None:
     except AlterError:
         raise
     except SQLAlchemyError as error:
+        if isinstance(error, DBAPIError) and error.connection_invalidated:
+            raise  # cut off: nothing is wrong with the schema
         raise RegistrySchemaError(
             "The registry's database cannot be brought to the schema of this version",
             expected="an empty database, or one that an older version of ALTER has made",

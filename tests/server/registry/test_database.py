@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sqlite3
+import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from itertools import chain
@@ -13,7 +14,7 @@ import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from alter_core.errors import (
     ConfigError,
@@ -143,6 +144,30 @@ def test_the_migrations_make_the_schema(place: Place) -> None:
             connection, opts={"version_table": VERSION_TABLE, "compare_type": True}
         )
         assert compare_metadata(context, Base.metadata) == []
+
+
+def test_a_server_too_busy_to_migrate_at_once_is_not_cut_off(
+    postgresql: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(connection: Connection) -> None:
+        connection.execute(text("SELECT 1"))
+        time.sleep(0.4)
+        upgrade(connection)
+
+    upgrade = database_module.upgrade
+    monkeypatch.setattr(database_module, "upgrade", slowly)
+    assert postgresql.open(timeout_s=0.2).head() == 0
+
+
+def test_a_migration_that_is_cut_off_is_no_fault_of_the_schema(
+    postgresql: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(connection: Connection) -> None:
+        connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+    monkeypatch.setattr(database_module, "upgrade", cut_off)
+    with pytest.raises(RegistryUnavailableError):
+        postgresql.open()
 
 
 def test_a_database_of_a_newer_version_is_refused_and_left_alone(place: Place) -> None:
