@@ -36,8 +36,9 @@ READY_TIMEOUT_S = 60.0
 TOKENS_OF_A_STREAM = 400
 _POLL_S = 0.03
 _WATCH_S = 0.15
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["benchmarks.faults.warm"])
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["benchmarks.faults.warm"])
+"""What servers are forked from has loaded already what they need."""
 
 
 class NotReadyError(Exception):
@@ -100,8 +101,8 @@ class Replica(ServerProcess):
 
     def start(self) -> None:
         """Begins; see `Fleet.ready`."""
-        self._orders, theirs = _processes.Pipe()
-        self._process = _processes.Process(
+        self._orders, theirs = processes.Pipe()
+        self._process = processes.Process(
             target=run, args=(self.settings, theirs), name=self.name, daemon=True
         )
         self.started_at = time.monotonic()

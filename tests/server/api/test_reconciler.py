@@ -98,6 +98,26 @@ def test_a_change_is_not_active_before_the_workers_have_confirmed_it(
     with_fleet(test, num_servers=1)
 
 
+def test_a_change_is_reported_once(
+    with_fleet: Any, bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(server: Replica) -> None:
+        reported: list[int] = []
+        heartbeat = server.parts.registry.heartbeat
+
+        def heard(beat: Heartbeat) -> Lease:
+            reported.append(beat.applied_epoch)
+            return heartbeat(beat)
+
+        monkeypatch.setattr(server.parts.registry, "heartbeat", heard)
+        for epoch in (1, 2, 3):
+            await server.activate("a", bundles.experts[f"domain-{epoch % 2}"])
+            await server.reconciler._catch_up()  # nothing is left to apply, or to tell
+        assert [e for e in reported if e] == [1, 2, 3]
+
+    with_fleet(test, num_servers=1, lease_s=60.0)
+
+
 def test_a_server_that_hangs_is_waited_for_until_its_lease_is_over(
     with_fleet: Any, bundles: TinyBundles
 ) -> None:
