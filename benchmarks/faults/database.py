@@ -19,8 +19,11 @@ class Place(Protocol):
     """Where a fleet keeps its registry."""
 
     kind: str
-    url: str
-    """For whoever is not cut off: the checks."""
+
+    @property
+    def url(self) -> str:
+        """For whoever is not cut off: the checks."""
+        ...
 
     async def url_of(self, index: int) -> str:
         """For a server; its way there can be cut."""
