@@ -16,8 +16,9 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from alter_core.errors import JudgeError
+from alter_core.rows import read_rows
 from trainer.base_model import BaseModel
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.progress import RichReporter, SilentReporter
 
 from . import fluency, muse, options, rwku, tofu

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from alter_core.errors import ConfigError
+from alter_core.rows import check_disjoint, data_digest, read_rows
 from alter_core.substrate import ForgetExpert, Substrate
 from trainer.base_model import load_base_model
 from trainer.cli import named_paths
-from trainer.dataset import check_disjoint, data_digest, encode_rows, read_rows
+from trainer.dataset import encode_rows
 from trainer.inputs import part_of
 from trainer.progress import RichReporter
 from trainer.substrate import on_device

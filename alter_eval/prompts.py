@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer.dataset import Row, encode_rows
+from alter_core.rows import Row
+from trainer.dataset import encode_rows
 
 from .data import read_json_lines
 

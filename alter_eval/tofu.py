@@ -20,7 +20,8 @@ from pydantic import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from alter_core.errors import EvaluationError
-from trainer.dataset import EncodedRow, Row, encode_rows
+from alter_core.rows import Row
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.evaluation import rouge_l_recall
 
 from . import metrics

@@ -6,8 +6,8 @@ import re
 
 from alter_core.bundle import DOMAIN_NAME_PATTERN
 from alter_core.errors import ConfigError, DomainNameError
+from alter_core.rows import Row, check_disjoint, read_rows
 
-from .dataset import Row, check_disjoint, read_rows
 from .settings import RefreshSettings, TrainSettings
 
 SUBSTRATE_NAME = "substrate"

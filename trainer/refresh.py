@@ -14,10 +14,11 @@ from typing import Any
 
 from alter_core.bundle import Provenance
 from alter_core.errors import ConfigError
+from alter_core.rows import data_digest
 from alter_core.substrate import ForgetExpert, Substrate
 
 from .base_model import load_base_model
-from .dataset import EncodedRow, data_digest, encode_rows
+from .dataset import EncodedRow, encode_rows
 from .evaluation import expert_figures
 from .inputs import part_of, read_parts
 from .progress import Reporter, SilentReporter

@@ -28,6 +28,7 @@ from alter_core.bundle import DataDigest, Provenance, read_manifest
 from alter_core.config import AlterConfig
 from alter_core.errors import ConfigError, TrainingError
 from alter_core.evidence import EvidenceHead
+from alter_core.rows import data_digest
 from alter_core.sites import default_tap_layer
 from alter_core.substrate import ForgetExpert, Substrate
 
@@ -35,7 +36,7 @@ from .base_model import load_base_model
 from .batches import sample_rows
 from .checkpoint import write_atomically
 from .counterfactual import Counterfactuals, counterfactual_rows
-from .dataset import EncodedRow, data_digest, encode_rows
+from .dataset import EncodedRow, encode_rows
 from .domains import cluster_rows
 from .entropy_pass import cached_entropy
 from .evaluation import answer_losses, expert_figures, mean

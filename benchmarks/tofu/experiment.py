@@ -19,12 +19,13 @@ from alter_cli.demo.corpus import QA, write_jsonl
 from alter_cli.demo.tofu import general_text
 from alter_core import ForgetExpert, Substrate
 from alter_core.attach import AttachedModel
+from alter_core.rows import read_rows
 from alter_eval import tofu
 from alter_eval.logs import read_log
 from alter_eval.models import LanguageModel, TransformersModel, WithoutExperts
 from trainer.base_model import BaseModel, load_base_model
 from trainer.checkpoint import write_atomically
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.evaluation import attached_experts
 from trainer.substrate import on_device
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from alter_cli.demo.corpus import QA
+from alter_core.rows import Row
 from alter_eval.tofu import TofuRow
-from trainer.dataset import EncodedRow, Row, encode_rows
+from trainer.dataset import EncodedRow, encode_rows
 
 from .splits import ROWS_PER_AUTHOR
 

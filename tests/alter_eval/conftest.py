@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from alter_core.rows import read_rows
 from alter_eval import tofu
 from alter_eval.models import TransformersModel
 from tests.trainer.world import World, make_model
 from trainer.base_model import BaseModel, load_base_model
-from trainer.dataset import encode_rows, read_rows
+from trainer.dataset import encode_rows
 
 from .small_tofu import SETS, rows_of_set, served_answer
 

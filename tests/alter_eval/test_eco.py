@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from alter_core.errors import ConfigError
+from alter_core.rows import read_rows
 from alter_eval.eco import EcoModel, Prompt, PromptClassifier, search_strength
 from alter_eval.models import TransformersModel
 from tests.trainer.world import World
 from trainer.base_model import BaseModel
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 
 
 def rows_of(base: BaseModel, world: World, part: str) -> list[EncodedRow]:

@@ -12,12 +12,13 @@ import torch
 from alter_core import AlterConfig
 from alter_core.attach import AttachedModel
 from alter_core.errors import EngineError
+from alter_core.rows import read_rows
 from alter_eval import tofu
 from alter_eval.models import ServedModel, TransformersModel, WithoutExperts
 from tests.support.tiny import random_expert, random_substrate
 from tests.trainer.world import World
 from trainer.base_model import BaseModel
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 
 from .small_tofu import rows_of_set, served_answer
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from alter_core.errors import EvaluationError
+from alter_core.rows import read_rows
 from alter_eval import tofu
 from alter_eval.run import evaluate, read_logs, tofu_rows
 from tests.trainer.world import World
 from trainer.base_model import BaseModel
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.progress import SilentReporter
 
 from .small_tofu import SETS, StubModel, rows_of_set, write_tofu

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from alter_core.errors import ConfigError, EvaluationError, TrainingError
+from alter_core.rows import read_rows
 from benchmarks.methods import __main__ as program
 from benchmarks.methods import published
 from benchmarks.methods.contenders import CONTENDERS, EPOCHS, Alter, Gradient, named
@@ -18,7 +19,7 @@ from benchmarks.methods.search import Criterion, Trial, best, search
 from benchmarks.methods.tasks import RwkuTask
 from tests.trainer.world import World
 from trainer.base_model import BaseModel, load_base_model
-from trainer.dataset import encode_rows, read_rows
+from trainer.dataset import encode_rows
 from trainer.methods import METHODS, WEIGHTINGS, make_method
 
 

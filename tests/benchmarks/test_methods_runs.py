@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from alter_core.errors import ConfigError
+from alter_core.rows import read_rows
 from alter_eval import tofu
 from alter_eval.models import LanguageModel
 from benchmarks.methods import alter, attacks, eco, gradient
@@ -15,7 +16,6 @@ from benchmarks.methods.contenders import CONTENDERS, Alter, Gradient
 from benchmarks.methods.search import Criterion
 from benchmarks.tofu.experiment import Figures, encoded_files
 from tests.trainer.world import World
-from trainer.dataset import read_rows
 from trainer.evaluation import answer_losses, mean
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from alter_core.rows import read_rows
 from benchmarks.tofu.attacks import quantize, relearn
 from benchmarks.tofu.table import write_table
 from tests.trainer.world import World
 from trainer.base_model import BaseModel, load_base_model
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.evaluation import answer_losses, mean
 
 

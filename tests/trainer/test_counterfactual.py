@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from alter_core.attach import AttachedModel
 from alter_core.errors import TrainingError
+from alter_core.rows import read_rows
 from alter_core.substrate import ForgetExpert, Substrate
 from trainer import TrainResult
 from trainer.base_model import BaseModel
 from trainer.batches import make_batch
 from trainer.counterfactual import Counterfactuals, counterfactual_rows
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.evaluation import answer_losses, mean
 from trainer.objectives import CounterfactualDistillation, exchanged, levelled
 

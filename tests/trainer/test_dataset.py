@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from alter_core.errors import TrainingDataError
-from trainer.dataset import check_disjoint, data_digest, encode_rows, read_rows
+from alter_core.rows import check_disjoint, data_digest, read_rows
+from trainer.dataset import encode_rows
 
 from .world import make_tokenizer, write_jsonl
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import torch
 
+from alter_core.rows import read_rows
 from trainer.base_model import BaseModel
-from trainer.dataset import encode_rows, read_rows
+from trainer.dataset import encode_rows
 from trainer.domains import cluster_rows, k_means
 
 from .world import World

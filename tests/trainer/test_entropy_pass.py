@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from alter_core.entropy import tsallis_entropy
+from alter_core.rows import read_rows
 from trainer import entropy_pass
 from trainer.base_model import BaseModel
-from trainer.dataset import encode_rows, read_rows
+from trainer.dataset import encode_rows
 from trainer.entropy_pass import cached_entropy, run_entropy_pass
 
 from .world import World

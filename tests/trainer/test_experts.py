@@ -7,12 +7,13 @@ import torch
 
 from alter_core.attach import AttachedModel
 from alter_core.errors import TrainingError
+from alter_core.rows import read_rows
 from alter_core.substrate import ForgetExpert, Substrate
 from trainer import ExpertSettings, SilentReporter, TrainResult
 from trainer.base_model import BaseModel
 from trainer.checkpoint import Checkpoint
 from trainer.counterfactual import Counterfactuals
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.evaluation import answer_losses, greedy_rouge_l, mean, mean_probability
 from trainer.experts import ExpertTraining, select_answer_tokens, train_expert
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from alter_core.config import AlterConfig
 from alter_core.errors import TrainingError
 from alter_core.evidence import EvidenceHead
+from alter_core.rows import read_rows
 from trainer import SilentReporter, SubstrateSettings
 from trainer.base_model import BaseModel, load_base_model
 from trainer.batches import sample_rows
 from trainer.checkpoint import Checkpoint
-from trainer.dataset import encode_rows, read_rows
+from trainer.dataset import encode_rows
 from trainer.joint import JointTraining, train_joint
 from trainer.losses import isolated_gradients
 from trainer.substrate import SubstrateText, initial_substrate, measure_text

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from alter_core.rows import read_rows
 from trainer.base_model import BaseModel
 from trainer.counterfactual import Counterfactuals
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.evaluation import answer_losses, mean
 from trainer.levels import ignorant_logprobs
 

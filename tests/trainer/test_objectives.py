@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from alter_core.rows import read_rows
 from alter_core.substrate import ForgetExpert, Substrate
 from trainer import ExpertSettings, TrainResult
 from trainer.atwu import TokenScorer
@@ -17,7 +18,7 @@ from trainer.base_model import BaseModel
 from trainer.batches import at_step, make_batch
 from trainer.checkpoint import Checkpoint
 from trainer.counterfactual import Counterfactuals
-from trainer.dataset import encode_rows, read_rows
+from trainer.dataset import encode_rows
 from trainer.evaluation import answer_losses
 from trainer.experts import ExpertTraining, select_answer_tokens
 from trainer.objectives import CounterfactualDistillation, TokenPush

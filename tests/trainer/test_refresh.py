@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from alter_core.bundle import read_bundle, read_manifest
 from alter_core.errors import AlterError, ConfigError, SubstrateMismatchError, TrainingError
+from alter_core.rows import read_rows
 from alter_core.substrate import ForgetExpert, Substrate
 from tests.alter_core.crafted import num_hooks
 from tests.support.tiny import PROVENANCE
@@ -30,7 +31,7 @@ from trainer import (
 )
 from trainer.base_model import BaseModel
 from trainer.cli import train_command
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.evaluation import answer_losses, answer_states, attached_experts, mean, routed_logits
 from trainer.recovery import (
     Recovery,

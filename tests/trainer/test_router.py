@@ -9,10 +9,11 @@ from alter_core.attach import AttachedModel
 from alter_core.config import AlterConfig
 from alter_core.errors import ConfigError, TrainingError
 from alter_core.evidence import EvidenceHead
+from alter_core.rows import read_rows
 from alter_core.substrate import ForgetExpert, Substrate
 from trainer import EvidenceSettings, TrainResult
 from trainer.base_model import BaseModel
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.evaluation import evidence_figures, routed_logits
 from trainer.router import joined, train_evidence, train_scalar_weight
 

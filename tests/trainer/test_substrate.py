@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alter_core.config import AlterConfig
+from alter_core.rows import read_rows
 from trainer import SilentReporter, SubstrateSettings
 from trainer.base_model import BaseModel
-from trainer.dataset import encode_rows, read_rows
+from trainer.dataset import encode_rows
 from trainer.substrate import (
     SubstrateText,
     area_under_curve,

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alter_core.rows import Row
 from trainer.base_model import BaseModel
 from trainer.batches import Batch, by_length, make_batch
-from trainer.dataset import EncodedRow, Row
+from trainer.dataset import EncodedRow
 from trainer.losses import weighted_mean
 
 from .fields import check_positive, check_range

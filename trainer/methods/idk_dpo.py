@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alter_core.errors import TrainingDataError
+from alter_core.rows import Row
 from trainer.batches import Batch
-from trainer.dataset import EncodedRow, Row, encode_rows
+from trainer.dataset import EncodedRow, encode_rows
 
 from .base import ForgetLoss, RetainNll, Task
 from .fields import TEXT, check_positive, check_range

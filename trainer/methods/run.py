@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alter_core.errors import ConfigError, TrainingError
+from alter_core.rows import Row, check_disjoint, data_digest, read_rows
 from trainer.base_model import BaseModel, load_base_model, without_progress_bar
 from trainer.batches import Batch, at_step
 from trainer.checkpoint import finite
-from trainer.dataset import EncodedRow, Row, check_disjoint, data_digest, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.progress import Reporter, SilentReporter
 from trainer.provenance import hardware, versions
 

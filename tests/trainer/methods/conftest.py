@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from alter_core.rows import read_rows
 from tests.trainer.world import World
 from trainer.base_model import load_base_model
-from trainer.dataset import encode_rows, read_rows
+from trainer.dataset import encode_rows
 from trainer.evaluation import answer_losses, mean_probability
 from trainer.methods import METHODS, LoraAdapter, Retaining, UnlearnSettings, make_method, unlearn
 

@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 
 from alter_core.errors import ConfigError, TrainingDataError, TrainingError
+from alter_core.rows import data_digest, read_rows
 from tests.trainer.world import World, write_jsonl
-from trainer.dataset import data_digest, read_rows
 from trainer.methods import (
     ADAPTERS,
     METHOD_FILE,

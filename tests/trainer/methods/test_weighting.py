@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from alter_core.errors import ConfigError, TrainingDataError
+from alter_core.rows import read_rows
 from tests.trainer.world import World, rows_of
 from trainer.base_model import BaseModel, load_base_model
 from trainer.batches import IGNORED, make_batch
-from trainer.dataset import EncodedRow, encode_rows, read_rows
+from trainer.dataset import EncodedRow, encode_rows
 from trainer.entropy_pass import run_entropy_pass
 from trainer.losses import token_nll
 from trainer.methods import (
