@@ -6,6 +6,7 @@ AlterError
 ├── UnsupportedEngineError       an engine option that would bypass the gate
 ├── TrainingDataError            a training file is malformed, or its sets overlap
 ├── TrainingError                training cannot go on (NaN loss, unusable checkpoint)
+│   └── NothingToForgetError     the base model does not seem to know the domain
 ├── EvaluationError              a benchmark's rows or logs do not fit together
 │   └── JudgeError               the judge of answers cannot be asked, or gives no score
 ├── BundleError
@@ -33,6 +34,10 @@ AlterError
 │   ├── EpochConflictError       the registry has moved on from the expected epoch
 │   ├── IdempotencyConflictError the key came with another request before
 │   └── OperationNotFoundError   no such operation
+├── UnlearningRequestError
+│   ├── RequestNotFoundError     no such unlearning request
+│   ├── RequestConflictError     another one is in the way, or its state does not allow it
+│   └── RequestsClosedError      this server takes none, or lacks what one needs
 └── EngineError
     ├── CanaryError              a planted expert did not change the logits, or stayed
     └── SwitchError              a switch failed; the message says what is active now
@@ -88,6 +93,10 @@ class TrainingDataError(AlterError):
 
 class TrainingError(AlterError):
     """Training cannot go on from here."""
+
+
+class NothingToForgetError(TrainingError):
+    """The base model does not seem to know the domain."""
 
 
 class EvaluationError(AlterError):
@@ -196,6 +205,22 @@ class OperationNotFoundError(RegistryError):
 
 class PromptError(AlterError):
     """A text or chat that the model cannot be given."""
+
+
+class UnlearningRequestError(AlterError):
+    """An unlearning request cannot be taken, or not go on."""
+
+
+class RequestNotFoundError(UnlearningRequestError):
+    """There is no such unlearning request."""
+
+
+class RequestConflictError(UnlearningRequestError):
+    """Another unlearning request is in the way, or this one's state does not allow what is asked."""
+
+
+class RequestsClosedError(UnlearningRequestError):
+    """This server takes no unlearning requests, or lacks what one needs."""
 
 
 class EngineError(AlterError):

@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from alter_core.errors import AlterError, ConfigError, UnsupportedEngineError
+from server import request_options
 from server import security_options as options
 from server.api.models import ForgetDomain, Operation
 from server.audit import AuditLog, Head, read_export, verify_chain
 from server.client import DEFAULT_URL, AdminClient
 from server.engine.base import InFlight, Message
 from server.registry.registry import DEFAULT_LEASE_S
+from server.requests.settings import RequestFlags
 from server.security import SecurityFlags
 from server.settings import (
     DEFAULT_MAX_DOMAINS,
@@ -166,6 +168,15 @@ def serve_command(
     admin_certfile: options.AdminCertfile = None,
     admin_keyfile: options.AdminKeyfile = None,
     admin_client_ca: options.AdminClientCa = None,
+    workspace: request_options.WorkspacePath = None,
+    retain: request_options.Retain = None,
+    general: request_options.General = None,
+    training_device: request_options.TrainingDevice = None,
+    signing_key: request_options.SigningKey = None,
+    max_upload_mib: request_options.MaxUpload = None,
+    gate_max_forget_ratio: request_options.MaxForgetRatio = None,
+    gate_min_utility_ratio: request_options.MinUtilityRatio = None,
+    gate_max_paraphrase_leak: request_options.MaxParaphraseLeak = None,
 ) -> None:
     """Serve MODEL with forget domains; every flag of `vllm serve` may follow."""
     with _reported():
@@ -189,6 +200,17 @@ def serve_command(
                 admin_certfile=admin_certfile,
                 admin_keyfile=admin_keyfile,
                 admin_client_ca=admin_client_ca,
+            ),
+            requests=RequestFlags(
+                workspace=workspace,
+                retain=tuple(retain or ()),
+                general=tuple(general or ()),
+                training_device=training_device,
+                signing_key=signing_key,
+                max_upload_mib=max_upload_mib,
+                gate_max_forget_ratio=gate_max_forget_ratio,
+                gate_min_utility_ratio=gate_min_utility_ratio,
+                gate_max_paraphrase_leak=gate_max_paraphrase_leak,
             ),
         )
         from server.launch import serve

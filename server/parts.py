@@ -9,12 +9,16 @@ from pathlib import Path
 from alter_core.substrate import Substrate, max_expert_bytes
 from server.audit import AuditLog
 from server.domains import DomainService
-from server.engine.base import ForgetEngine
+from server.engine.base import ForgetEngine, Writer
 from server.lease import Clock, boot_clock
 from server.metrics import AlterMetrics
 from server.operations import OperationService
 from server.reconciler import Reconciler
 from server.registry import BundleStore, Deployment, Registry
+from server.requests.book import RequestBook
+from server.requests.jobs import LocalJobs
+from server.requests.service import RequestService
+from server.requests.workspace import Workspace
 from server.settings import ServeSettings
 
 
@@ -70,6 +74,30 @@ def deployment_of(substrate: Substrate) -> Deployment:
     assert substrate.digest is not None
     return Deployment(
         base_model_fingerprint=substrate.base_model.fingerprint, substrate_digest=substrate.digest
+    )
+
+
+def request_service(
+    parts: Parts,
+    settings: ServeSettings,
+    *,
+    model: Path,
+    writer: Writer | None = None,
+    audit_log: AuditLog | None = None,
+) -> RequestService:
+    """What takes unlearning requests. `model`: folder or hub name of the base model. Raises: ConfigError."""
+    return RequestService(
+        RequestBook(parts.registry.database),
+        Workspace(settings.workspace),
+        parts.operations,
+        LocalJobs(),
+        settings.requests,
+        model=model,
+        substrate=settings.substrate,
+        may_generate=lambda: parts.reconciler.may_generate,
+        epoch=lambda: parts.service.epoch,
+        writer=writer,
+        audit_log=audit_log,
     )
 
 

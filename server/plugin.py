@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -14,7 +15,7 @@ from alter_core.substrate import Substrate
 from server.api.app import attach
 from server.audit import AuditLog
 from server.metrics import AlterMetrics
-from server.parts import Parts, open_registry, open_store
+from server.parts import Parts, open_registry, open_store, request_service
 from server.settings import ServeSettings
 from server.tokens import TokenStore
 
@@ -60,6 +61,7 @@ class AlterEndpointPlugin:
             )
         from server.engine.prompts import VllmPrompts
         from server.engine.vllm_engine import VllmForgetEngine
+        from server.engine.writer import VllmWriter
 
         audit_log = AuditLog.open(settings.audit_log)
         substrate = settings.security.signatures.read(settings.substrate, Substrate.read)
@@ -73,6 +75,14 @@ class AlterEndpointPlugin:
             metrics=AlterMetrics(),
             audit_log=audit_log,
         )
+        prompts = VllmPrompts(state)
+        requests = request_service(
+            parts,
+            settings,
+            model=Path(engine_client.model_config.model),
+            writer=VllmWriter(engine_client, prompts),
+            audit_log=audit_log,
+        )
         state.alter.open(
             parts,
             settings.admin_token_sha256,
@@ -80,9 +90,12 @@ class AlterEndpointPlugin:
             audit=audit_log,
             requires_if_match=settings.require_if_match,
             sources=settings.security.sources,
-            prompts=VllmPrompts(state),
+            prompts=prompts,
+            requests=requests,
+            max_upload_bytes=settings.requests.max_upload_mib * 2**20,
         )
         await parts.start(settings.domains)
+        requests.start()
         if (where := settings.security.admin_port) is not None:
             state.alter.listen_apart(where, args.alter_admin_listener)
         logger.info(

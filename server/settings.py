@@ -11,6 +11,7 @@ ALTER_REGISTRY           URL of the registry's database
 ALTER_STORE              folder or URL of the bundle store
 ALTER_REQUIRE_IF_MATCH   1: refuse changes that name no epoch
 ALTER_LEASE_S            seconds of generating without word of the registry
+ALTER_WORKSPACE, ALTER_RETAIN, ALTER_GENERAL, ALTER_TRAINING_DEVICE and the like: `server.requests.settings`
 ALTER_SIGNATURES, ALTER_TRUSTED_KEYS, ALTER_BUNDLE_SOURCES, ALTER_ADMIN_PORT and the like: `server.security`
 """
 
@@ -29,6 +30,7 @@ from pydantic_settings import SettingsConfigDict
 from alter_core.errors import ConfigError
 from server.domain_rules import check_domain_name
 from server.registry.registry import DEFAULT_LEASE_S
+from server.requests.settings import RequestEnvironment, RequestFlags, RequestSettings
 from server.security import Security, SecurityEnvironment, SecurityFlags
 
 DEFAULT_MAX_DOMAINS = 64
@@ -65,6 +67,8 @@ class ServeSettings:
     waits so long, and a margin, for one that is gone."""
     security: Security = dataclasses.field(default_factory=Security)
     """Signatures, sources of bundles, and the port of /admin."""
+    requests: RequestSettings = dataclasses.field(default_factory=RequestSettings)
+    """Of unlearning requests."""
 
     def __post_init__(self) -> None:
         if self.max_domains < 1:
@@ -102,6 +106,11 @@ class ServeSettings:
         return self.store or str(self.audit_log.with_name("bundles"))
 
     @property
+    def workspace(self) -> Path:
+        """Where the text of unlearning requests lies."""
+        return self.requests.workspace or self.audit_log.with_name("unlearning")
+
+    @property
     def cache(self) -> Path:
         """Folder for bundles of a store that is not on this machine."""
         return self.audit_log.with_name("bundle-cache")
@@ -121,10 +130,11 @@ class ServeSettings:
         require_if_match: bool = False,
         lease_s: float | None = None,
         security: SecurityFlags | None = None,
+        requests: RequestFlags | None = None,
     ) -> ServeSettings:
         """Fills what no flag gives from the environment. `domains` are `NAME=DIR` texts.
 
-        Raises: ConfigError, DomainNameError.
+        Raises: ConfigError, DomainNameError, TrainingDataError.
         """
         environment = read_environment()
         substrate = substrate or environment.substrate
@@ -149,10 +159,11 @@ class ServeSettings:
             require_if_match=require_if_match or environment.require_if_match,
             lease_s=lease_s if lease_s is not None else environment.lease_s,
             security=Security.build(security or SecurityFlags(), environment, substrate),
+            requests=RequestSettings.build(requests or RequestFlags(), environment),
         )
 
 
-class Environment(SecurityEnvironment):
+class Environment(SecurityEnvironment, RequestEnvironment):
     """The ALTER_* variables. `Environment()` raises pydantic's ValidationError for a bad value."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="ignore")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from alter_core.bundle import DataDigest, Provenance, read_manifest
 from alter_core.config import AlterConfig
-from alter_core.errors import ConfigError, TrainingError
+from alter_core.errors import ConfigError, NothingToForgetError, TrainingError
 from alter_core.evidence import EvidenceHead
 from alter_core.rows import data_digest
 from alter_core.sites import default_tap_layer
@@ -351,7 +351,7 @@ class _Run:
     def _knowledge(self, name: str) -> dict[str, float]:
         """The base model's loss on a domain and on its counterfactual, nats per answer token.
 
-        Raises: TrainingError if they are alike, so that there is nothing to forget.
+        Raises: NothingToForgetError if they are alike.
         """
         rows = self.forget[name]
         others = counterfactual_rows(rows, self.counterfactuals, self._seed(name))
@@ -361,7 +361,7 @@ class _Run:
         }
         limit = _MAX_KNOWN_LOSS * losses["counterfactual"]
         if losses["domain"] > limit and not self.settings.allow_unknown:
-            raise TrainingError(
+            raise NothingToForgetError(
                 f"The base model does not know domain {name!r}, so there is nothing to forget",
                 expected=f"less than {limit:.2f} nats per answer token, as on text that it knows",
                 got=f"{losses['domain']:.2f}",

@@ -22,6 +22,7 @@ from .closed_routes import closed
 from .health import router as health_router
 from .middleware import EpochMiddleware
 from .problems import add_problem_handlers
+from .request_routes import router as request_router
 from .routes import router
 from .runtime import AlterRuntime
 
@@ -42,7 +43,7 @@ def attach(app: FastAPI) -> AlterRuntime:
         Middleware(BearerAuth, runtime=runtime),
         Middleware(AttemptMiddleware, runtime=runtime),
         Middleware(RoleGuard),
-        Middleware(BodyLimit),
+        Middleware(BodyLimit, runtime=runtime),
     ]
     elsewhere = Middleware(_OnServingPort, runtime=runtime)
     app.router.routes.append(_AdminMount(ADMIN, app=admin, middleware=[elsewhere, *guards]))
@@ -61,6 +62,7 @@ def admin_app(runtime: AlterRuntime) -> FastAPI:
     )
     admin.state.alter = runtime
     admin.include_router(router)
+    admin.include_router(request_router)
     add_problem_handlers(admin)
     return admin
 

@@ -28,8 +28,14 @@ from .runtime import AlterRuntime
 REQUEST_ID = "x-request-id"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_PATH = re.compile(r"/forget-domains(?:/(?P<name>[^/]*))?")
+_DOMAINS = re.compile(r"/forget-domains(?:/(?P<name>[^/]*))?")
 _ACTIONS: dict[str, Action] = {"POST": "activate", "DELETE": "revoke"}
+_REQUESTS = re.compile(r"/unlearning-requests(?:/[^/]*/(?P<action>approve|cancel))?")
+_REQUEST_ACTIONS: dict[str | None, Action] = {
+    None: "request",
+    "approve": "approve",
+    "cancel": "cancel",
+}
 
 
 class Attempt:
@@ -117,7 +123,10 @@ def _request_id(headers: Headers) -> str:
 
 def _change(scope: Scope) -> tuple[Action | None, str | None]:
     """Which change a request asks for, and of what; a name that could not exist is left out."""
-    match = _PATH.fullmatch(route_path(scope))
+    path = route_path(scope)
+    if scope["method"] == "POST" and (asked := _REQUESTS.fullmatch(path)) is not None:
+        return _REQUEST_ACTIONS[asked["action"]], None
+    match = _DOMAINS.fullmatch(path)
     if match is None:
         return None, None
     name = match["name"]

@@ -1,4 +1,4 @@
-"""A bound on the bodies of `/admin`, which are small."""
+"""A bound on the bodies of `/admin`, which are small; but for uploads."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .middleware import route_path
 from .problems import ProblemError, problem_response
+from .runtime import AlterRuntime
 
 MAX_BODY_BYTES = 64 * 2**10
+UPLOADS = "/unlearning-requests"
 
 
 class BodyLimit:
     """Pure ASGI: reads the body, or refuses it as soon as it is too large; never holds more."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp, runtime: AlterRuntime) -> None:
         self._app = app
-        self._max_bytes = max_bytes
+        self._runtime = runtime
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_upload = scope["method"] == "POST" and route_path(scope) == UPLOADS
+        max_bytes = self._runtime.max_upload_bytes if is_upload else MAX_BODY_BYTES
         body, has_more = bytearray(), True
         while has_more:
             message = await receive()
@@ -26,8 +31,8 @@ class BodyLimit:
                 return
             body += message.get("body", b"")
             has_more = message.get("more_body", False)
-            if len(body) > self._max_bytes:
-                error = _too_large(self._max_bytes)
+            if len(body) > max_bytes:
+                error = _too_large(max_bytes, is_upload)
                 await problem_response(error.problem, scope["path"])(scope, receive, send)
                 return
         is_given = False
@@ -42,13 +47,16 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
 
-def _too_large(max_bytes: int) -> ProblemError:
+def _too_large(max_bytes: int, is_upload: bool) -> ProblemError:
     return ProblemError(
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         "body-too-large",
         "The body is too large",
-        "No request under /admin needs such a body",
+        "This upload is too large" if is_upload else "No such request needs such a body",
         expected=f"at most {max_bytes} bytes",
         got="more",
-        fix="Bundles are not uploaded: name the place where one lies.",
+        fix="Name a file by `source`, cut it into several domains, or restart the server with a larger "
+        "--alter-max-upload-mib."
+        if is_upload
+        else "Bundles are not uploaded: name the place where one lies.",
     )

@@ -31,6 +31,10 @@ from alter_core.errors import (
     OperationNotFoundError,
     PromptError,
     RegistryError,
+    RequestConflictError,
+    RequestNotFoundError,
+    TrainingDataError,
+    UnlearningRequestError,
     problem_kind,
 )
 
@@ -54,6 +58,10 @@ _STATUS: tuple[tuple[type[AlterError], HTTPStatus], ...] = (
     (OperationNotFoundError, HTTPStatus.NOT_FOUND),
     (RegistryError, HTTPStatus.SERVICE_UNAVAILABLE),
     (PromptError, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (TrainingDataError, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (RequestNotFoundError, HTTPStatus.NOT_FOUND),
+    (RequestConflictError, HTTPStatus.CONFLICT),
+    (UnlearningRequestError, HTTPStatus.SERVICE_UNAVAILABLE),
     (EngineError, HTTPStatus.SERVICE_UNAVAILABLE),
 )
 _MAX_FIELD_ERRORS = 20

@@ -74,7 +74,8 @@ Prefer = Annotated[
 ]
 
 
-def _problems(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
+def problems(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
+    """Responses of a route, for OpenAPI."""
     schema = {"$ref": "#/components/schemas/Problem"}
     return {
         int(status): {"description": status.phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
@@ -96,7 +97,7 @@ router = APIRouter(tags=["forget domains"], dependencies=[Depends(HTTPBearer(aut
             "description": "Replaced everywhere, or active already",
         },
         HTTPStatus.CREATED: {"model": Operation, "description": "Active everywhere"},
-        **_problems(
+        **problems(
             HTTPStatus.BAD_REQUEST,
             HTTPStatus.CONFLICT,
             HTTPStatus.PRECONDITION_FAILED,
@@ -140,7 +141,7 @@ async def activate(
     response_model=Operation,
     responses={
         HTTPStatus.OK: {"model": Operation, "description": "Revoked everywhere"},
-        **_problems(
+        **problems(
             HTTPStatus.BAD_REQUEST,
             HTTPStatus.NOT_FOUND,
             HTTPStatus.CONFLICT,
@@ -179,7 +180,7 @@ async def revoke(
     "/operations/{operation_id}",
     summary="Show how far a change has come",
     response_model=Operation,
-    responses=_problems(HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE),
+    responses=problems(HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE),
 )
 async def show_operation(
     operation_id: str, request: Request, parts: With, prefer: Prefer = None
@@ -195,7 +196,7 @@ async def show_operation(
     "/forget-domains",
     summary="List what is active",
     response_model=ForgetDomainList,
-    responses=_problems(),
+    responses=problems(),
 )
 async def list_domains(parts: With) -> Response:
     """All domains that this server applies, by name."""
@@ -209,7 +210,7 @@ async def list_domains(parts: With) -> Response:
     "/forget-domains/{name}",
     summary="Show one domain",
     response_model=ForgetDomain,
-    responses=_problems(HTTPStatus.NOT_FOUND),
+    responses=problems(HTTPStatus.NOT_FOUND),
 )
 async def show_domain(name: str, parts: With) -> Response:
     """One domain that this server applies."""
@@ -221,7 +222,7 @@ async def show_domain(name: str, parts: With) -> Response:
 
 
 @router.get(
-    "/status", summary="This server as a whole", response_model=Status, responses=_problems()
+    "/status", summary="This server as a whole", response_model=Status, responses=problems()
 )
 async def status(parts: With) -> Response:
     """Epoch, lease, substrate, slots, canary and queue."""
@@ -232,7 +233,7 @@ async def status(parts: With) -> Response:
     "/fleet",
     summary="All servers of the registry",
     response_model=Fleet,
-    responses=_problems(HTTPStatus.SERVICE_UNAVAILABLE),
+    responses=problems(HTTPStatus.SERVICE_UNAVAILABLE),
 )
 async def fleet(parts: With) -> Response:
     """Who applies what, who lags and why."""
@@ -245,7 +246,7 @@ async def fleet(parts: With) -> Response:
     "/trace",
     summary="Show how a text is routed",
     response_model=Trace,
-    responses=_problems(HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.SERVICE_UNAVAILABLE),
+    responses=problems(HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.SERVICE_UNAVAILABLE),
 )
 async def trace(body: TraceRequest, request: Request, parts: With) -> Response:
     """Entropy, path and experts of every token, as this server computes it now, beside other requests.

@@ -12,6 +12,8 @@ from server.audit import AuditLog
 from server.engine.base import Prompts
 from server.parts import Parts
 from server.registry import ImportPolicy
+from server.requests.service import RequestService
+from server.requests.settings import DEFAULT_MAX_UPLOAD_MIB
 from server.tokens import TokenStore
 
 
@@ -43,6 +45,8 @@ class AlterRuntime:
     def __init__(self) -> None:
         self.parts: Parts | None = None
         self.prompts: Prompts | None = None
+        self.requests: RequestService | None = None
+        self.max_upload_bytes = DEFAULT_MAX_UPLOAD_MIB * 2**20
         self.admin_token_sha256: bytes | None = None
         self.tokens: TokenStore | None = None
         self.audit: AuditLog | None = None
@@ -63,15 +67,20 @@ class AlterRuntime:
         requires_if_match: bool = False,
         sources: ImportPolicy | None = None,
         prompts: Prompts | None = None,
+        requests: RequestService | None = None,
+        max_upload_bytes: int = DEFAULT_MAX_UPLOAD_MIB * 2**20,
     ) -> None:
         """Lets requests through, for as long as the server may generate.
 
         `audit` is the server's own log, for what is refused before it gets there. `requires_if_match`:
         no change without If-Match or If-None-Match. `sources` says where bundles that a request names may
-        lie; None: nowhere. `prompts` makes the prompts of traces.
+        lie; None: nowhere. `prompts` makes the prompts of traces. `requests` takes unlearning requests of at
+        most `max_upload_bytes`.
         """
         self.parts = parts
         self.prompts = prompts
+        self.requests = requests
+        self.max_upload_bytes = max_upload_bytes
         self.admin_token_sha256 = admin_token_sha256
         self.tokens = tokens
         self.audit = audit
@@ -83,6 +92,8 @@ class AlterRuntime:
         """When the server stops."""
         if self.admin_server is not None:
             await self.admin_server.close()
+        if self.requests is not None:
+            await self.requests.stop()
         if self.parts is not None:
             await self.parts.stop()
 

@@ -24,8 +24,11 @@ from pydantic import TypeAdapter, ValidationError
 from alter_core.bundle import canonical_json
 from alter_core.errors import AuditError, AuditTamperedError, ConfigError
 
-Action = Literal["start", "activate", "revoke", "apply"]
-"""`activate` and `revoke` change what the fleet is to apply; `apply` is one server that does so."""
+Action = Literal[
+    "start", "activate", "revoke", "apply", "request", "approve", "cancel", "delete-text"
+]
+"""`activate` and `revoke` change what the fleet is to apply; `apply` is one server that does so. `request`,
+`approve`, `cancel` and `delete-text` are of unlearning requests; their digest is that of the upload."""
 Outcome = Literal[
     "begun", "done", "created", "replaced", "unchanged", "revoked", "refused", "failed"
 ]

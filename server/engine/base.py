@@ -121,6 +121,17 @@ class Prompts(Protocol):
         ...
 
 
+class Writer(Protocol):
+    """Has the served model write."""
+
+    async def write(self, prompt: str | Sequence[Message], *, max_tokens: int) -> str:
+        """The greedy continuation of a text, or answer to a chat, as a request of its own.
+
+        Raises: PromptError; EngineError if nothing may be generated.
+        """
+        ...
+
+
 class ForgetEngine(Protocol):
     """Applies forget experts to a running engine."""
 

@@ -134,6 +134,11 @@ class Registry:
         return registry
 
     @property
+    def database(self) -> Database:
+        """What else is kept beside the log, such as unlearning requests, uses the same connections."""
+        return self._database
+
+    @property
     def lease_s(self) -> float:
         """For how long a lease is granted."""
         return self._lease.total_seconds()

@@ -1,9 +1,10 @@
 """Tables of the registry. They hold names, digests and figures; no text that is to be forgotten.
 
-deployment         which base model and substrate the registry belongs to; one row, and the log's lock
-changes            the log: desired state at epoch E is what its first E rows add up to
-replicas           what each server applies, and until when it may answer
-idempotency_keys   which operation a key stands for
+deployment           which base model and substrate the registry belongs to; one row, and the log's lock
+changes              the log: desired state at epoch E is what its first E rows add up to
+replicas             what each server applies, and until when it may answer
+idempotency_keys     which operation a key stands for
+unlearning_requests  what is to become an expert, and how far it has come
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
+    Boolean,
     CheckConstraint,
     DateTime,
     Dialect,
@@ -37,6 +40,7 @@ REQUEST_ID_LENGTH = 128
 REASON_LENGTH = 200
 STATE_LENGTH = 16
 ERROR_LENGTH = 64
+REQUEST_STATE_LENGTH = 24
 
 DEPLOYMENT_ID = 1
 
@@ -147,3 +151,40 @@ class IdempotencyRow(Base):
         String(ID_LENGTH), ForeignKey(ChangeRow.operation_id, name="idempotency_keys_operation")
     )
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class UnlearningRequestRow(Base):
+    """One unlearning request: see `server.requests.records`."""
+
+    __tablename__ = "unlearning_requests"
+
+    id: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    workspace: Mapped[str] = mapped_column(String(ID_LENGTH), index=True)
+    domain: Mapped[str] = mapped_column(String(DOMAIN_LENGTH), index=True)
+    state: Mapped[str] = mapped_column(String(REQUEST_STATE_LENGTH))
+    approval: Mapped[str] = mapped_column(String(STATE_LENGTH))
+    question: Mapped[str | None] = mapped_column(String(REQUEST_STATE_LENGTH))
+    approved_by: Mapped[str | None] = mapped_column(String(ACTOR_LENGTH))
+    cancelled_by: Mapped[str | None] = mapped_column(String(ACTOR_LENGTH))
+    allow_unknown: Mapped[bool] = mapped_column(Boolean)
+    actor: Mapped[str] = mapped_column(String(ACTOR_LENGTH))
+    request_id: Mapped[str | None] = mapped_column(String(REQUEST_ID_LENGTH))
+    reason: Mapped[str | None] = mapped_column(String(REASON_LENGTH))
+    deadline: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    forget_digest: Mapped[str] = mapped_column(String(DIGEST_LENGTH))
+    num_rows: Mapped[int] = mapped_column(Integer)
+    num_documents: Mapped[int] = mapped_column(Integer)
+    retain_digest: Mapped[str] = mapped_column(String(DIGEST_LENGTH))
+    num_retain_rows: Mapped[int] = mapped_column(Integer)
+    row_digests: Mapped[list[str]] = mapped_column(JSON)
+    num_attempts: Mapped[int] = mapped_column(Integer)
+    progress: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    figures: Mapped[dict[str, Any]] = mapped_column(JSON)
+    bundle_digest: Mapped[str | None] = mapped_column(String(DIGEST_LENGTH))
+    operation_id: Mapped[str | None] = mapped_column(String(ID_LENGTH))
+    error: Mapped[str | None] = mapped_column(String(ERROR_LENGTH))
+    text_deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    idempotency_key: Mapped[str | None] = mapped_column(String(KEY_LENGTH), unique=True)
+    request_digest: Mapped[str | None] = mapped_column(String(DIGEST_LENGTH))
