@@ -63,6 +63,18 @@ def _domains() -> None:
     app.add_typer(domains_app, name="domains")
 
 
+def _requests() -> None:
+    from server.requests_cli import requests_app
+
+    app.add_typer(requests_app, name="requests")
+
+
+def _evidence() -> None:
+    from server.requests_cli import evidence_app
+
+    app.add_typer(evidence_app, name="evidence")
+
+
 def _fleet() -> None:
     from server.cli import fleet_command
 
@@ -94,6 +106,8 @@ _LOADERS: dict[str, Callable[[], None]] = {
     "serve": _serve,
     "bundle": _bundle,
     "domains": _domains,
+    "requests": _requests,
+    "evidence": _evidence,
     "fleet": _fleet,
     "trace": _trace,
     "audit": _audit,

@@ -38,6 +38,7 @@ AlterError
 │   ├── RequestNotFoundError     no such unlearning request
 │   ├── RequestConflictError     another one is in the way, or its state does not allow it
 │   └── RequestsClosedError      this server takes none, or lacks what one needs
+├── EvidenceError                evidence that is none, was changed, or is not signed
 └── EngineError
     ├── CanaryError              a planted expert did not change the logits, or stayed
     └── SwitchError              a switch failed; the message says what is active now
@@ -221,6 +222,10 @@ class RequestConflictError(UnlearningRequestError):
 
 class RequestsClosedError(UnlearningRequestError):
     """This server takes no unlearning requests, or lacks what one needs."""
+
+
+class EvidenceError(AlterError):
+    """Evidence that is none of ALTER, was changed, or is not signed with a key that was given."""
 
 
 class EngineError(AlterError):

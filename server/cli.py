@@ -179,7 +179,7 @@ def serve_command(
     gate_max_paraphrase_leak: request_options.MaxParaphraseLeak = None,
 ) -> None:
     """Serve MODEL with forget domains; every flag of `vllm serve` may follow."""
-    with _reported():
+    with reported():
         settings = ServeSettings.build(
             substrate=substrate,
             domains=domain or (),
@@ -223,10 +223,10 @@ def list_command(
     url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: AsJson = False
 ) -> None:
     """List what is active."""
-    with _client(url, token_file) as client:
+    with admin_client(url, token_file) as client:
         answer = client.list_domains()
     if as_json:
-        _print_json(answer)
+        print_json(answer)
         return
     table = Table(title=f"epoch {answer.epoch}, {len(answer.domains)} active")
     for heading in ("name", "slot", "epoch", "since", "digest"):
@@ -260,7 +260,7 @@ def activate_command(
 ) -> None:
     """Forget a domain, or replace its expert."""
     location = bundle if ":" in bundle else str(Path(bundle).expanduser().absolute())
-    with _client(url, token_file) as client:
+    with admin_client(url, token_file) as client:
         answer = client.activate(
             name,
             location,
@@ -285,7 +285,7 @@ def revoke_command(
     as_json: AsJson = False,
 ) -> None:
     """End a domain; the base model's answers come back."""
-    with _client(url, token_file) as client:
+    with admin_client(url, token_file) as client:
         answer = client.revoke(name, if_epoch=if_epoch, reason=reason, is_awaited=not no_wait)
     _print_operation(answer, as_json)
 
@@ -295,10 +295,10 @@ def show_command(
     name: Name, url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: AsJson = False
 ) -> None:
     """Show one active domain."""
-    with _client(url, token_file) as client:
+    with admin_client(url, token_file) as client:
         answer = client.show(name)
     if as_json:
-        _print_json(answer)
+        print_json(answer)
     else:
         _print_domain(answer)
 
@@ -307,10 +307,10 @@ def fleet_command(
     url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: AsJson = False
 ) -> None:
     """Show all servers of the registry: who applies what, who lags and why."""
-    with _client(url, token_file) as client:
+    with admin_client(url, token_file) as client:
         answer = client.fleet()
     if as_json:
-        _print_json(answer)
+        print_json(answer)
         return
     table = Table(title=f"epoch {answer.head}, active up to {answer.active_epoch}")
     for heading in ("replica", "state", "epoch", "lag", "lease", "silent", "reason"):
@@ -340,10 +340,10 @@ def trace_command(
     """Show how a running server routes a text: entropy, path and experts of every token."""
     if text == "-":
         text = typer.get_text_stream("stdin").read()
-    with _client(url, token_file) as client:
+    with admin_client(url, token_file) as client:
         answer = client.trace([Message(role="user", content=text)] if as_chat else text)
     if as_json:
-        _print_json(answer)
+        print_json(answer)
         return
     table = Table(title=f"epoch {answer.epoch}")
     for heading in ("token", "entropy", "path", "experts"):
@@ -368,7 +368,7 @@ def audit_verify_command(
     audit_log: AuditLogPath = None,
 ) -> None:
     """Check the chain of all records; name the first that was changed, removed or put in."""
-    with _reported():
+    with reported():
         anchor = None if head is None else Head.parse(head)
         if export is not None:
             found = verify_chain(read_export(export), anchor)
@@ -380,7 +380,7 @@ def audit_verify_command(
 @audit_app.command("export")
 def audit_export_command(audit_log: AuditLogPath = None) -> None:
     """Print all records as JSON Lines."""
-    with _reported():
+    with reported():
         for record in _open_audit_log(audit_log).records():
             typer.echo(record.json())
 
@@ -388,7 +388,7 @@ def audit_export_command(audit_log: AuditLogPath = None) -> None:
 @audit_app.command("head")
 def audit_head_command(audit_log: AuditLogPath = None) -> None:
     """Print sequence and hash of the last record, to be kept where the server cannot write."""
-    with _reported():
+    with reported():
         typer.echo(str(_open_audit_log(audit_log).head()))
 
 
@@ -415,7 +415,7 @@ def token_create_command(
     tokens_file: TokensPath = None,
 ) -> None:
     """Make a token and print it, once: only its digest is kept."""
-    with _reported():
+    with reported():
         tokens = _tokens(tokens_file)
         lifetime = None if days is None else timedelta(days=days)
         typer.echo(tokens.create(name, role, lifetime=lifetime, replaces=replace))
@@ -427,7 +427,7 @@ def token_list_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """List names, roles and expiry."""
-    with _reported():
+    with reported():
         tokens = _tokens(tokens_file).load()
     if as_json:
         rows = [token.model_dump(mode="json", exclude={"sha256"}) for token in tokens]
@@ -450,7 +450,7 @@ def token_list_command(
 @token_app.command("revoke")
 def token_revoke_command(name: TokenNameArgument, tokens_file: TokensPath = None) -> None:
     """End a token."""
-    with _reported():
+    with reported():
         _tokens(tokens_file).revoke(name)
     typer.echo(f"{name} revoked")
 
@@ -468,8 +468,9 @@ def _tokens(path: Path | None) -> TokenStore:
 
 
 @contextlib.contextmanager
-def _client(url: str, token_file: Path | None) -> Iterator[AdminClient]:
-    with _reported():
+def admin_client(url: str, token_file: Path | None) -> Iterator[AdminClient]:
+    """A client with the token and the certificates of the environment; its errors end the command."""
+    with reported():
         environment = read_environment()
         token = resolve_admin_token(token_file, environment)
         tls = options.client_tls(
@@ -480,7 +481,7 @@ def _client(url: str, token_file: Path | None) -> Iterator[AdminClient]:
 
 
 @contextlib.contextmanager
-def _reported() -> Iterator[None]:
+def reported() -> Iterator[None]:
     """Turns an error of ALTER into a message on stderr and an exit code."""
     try:
         yield
@@ -498,13 +499,14 @@ def report(error: AlterError) -> int:
     return EXIT_USAGE if is_usage else EXIT_FAILED
 
 
-def _print_json(answer: BaseModel) -> None:
+def print_json(answer: BaseModel) -> None:
+    """On stdout."""
     typer.echo(answer.model_dump_json(indent=2))
 
 
 def _print_operation(operation: Operation, as_json: bool) -> None:
     if as_json:
-        _print_json(operation)
+        print_json(operation)
         return
     text = f"{operation.name}: {operation.outcome}, {operation.state}; epoch {operation.epoch}"
     if (switch := operation.switch) is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from alter_core.errors import AlterError, ConfigError, SwitchError, problem_kind
 from server.api.models import (
@@ -25,9 +26,11 @@ from server.api.models import (
 )
 from server.api.preferences import MAX_WAIT_S
 from server.api.problems import MEDIA_TYPE, TYPE_PREFIX
+from server.api.request_models import UnlearningRequest, UnlearningRequestList
 from server.audit import check_reason
 from server.domain_rules import check_domain_name
 from server.engine.base import InFlight, Message
+from server.requests.records import Approval
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 300.0
@@ -35,7 +38,15 @@ DEFAULT_TIMEOUT_S = 300.0
 _WAIT_S = MAX_WAIT_S // 2
 """Asked of the server at once; proxies cut what is silent for longer."""
 
+_REQUESTS = "/unlearning-requests"
+
 Answer = TypeVar("Answer", bound=BaseModel)
+
+
+class _Envelope(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    payload: str
 
 
 class AdminClient:
@@ -151,6 +162,83 @@ class AdminClient:
             headers[REASON] = quote(check_reason(reason))
         return self._change("DELETE", _path(name), headers, None, is_awaited)
 
+    def create_request(
+        self,
+        domain: str,
+        *,
+        forget: Sequence[dict[str, Any]] = (),
+        documents: Sequence[dict[str, str]] = (),
+        source: str | None = None,
+        retain: Sequence[dict[str, Any]] = (),
+        approval: Approval = "automatic",
+        deadline: datetime | None = None,
+        reason: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> UnlearningRequest:
+        """Asks for a domain to be forgotten: rows, documents (`name`, `text`), or a file the server reads.
+
+        Raises: TrainingDataError, DomainNameError, RequestConflictError, RequestsClosedError.
+        """
+        body: dict[str, Any] = {
+            "domain": domain,
+            "forget": list(forget),
+            "documents": list(documents),
+            "retain": list(retain),
+            "approval": approval,
+        }
+        if source is not None:
+            body["source"] = source
+        if deadline is not None:
+            body["deadline"] = deadline.astimezone(UTC).isoformat()
+        if reason is not None:
+            body["reason"] = check_reason(reason)
+        headers = _conditions(None, idempotency_key)
+        return self._ask("POST", _REQUESTS, UnlearningRequest, headers=headers, body=body)
+
+    def list_requests(self) -> UnlearningRequestList:
+        """Unlearning requests of all servers, the newest first."""
+        return self._ask("GET", _REQUESTS, UnlearningRequestList)
+
+    def show_request(self, request_id: str) -> UnlearningRequest:
+        """One unlearning request. Raises: RequestNotFoundError."""
+        return self._ask("GET", _request_path(request_id), UnlearningRequest)
+
+    def approve_request(self, request_id: str, *, reason: str | None = None) -> UnlearningRequest:
+        """Answers the question that a request waits with. Raises: RequestConflictError."""
+        return self._decide(request_id, "approve", reason)
+
+    def cancel_request(self, request_id: str, *, reason: str | None = None) -> UnlearningRequest:
+        """Ends a request that is not being activated yet. Raises: RequestConflictError."""
+        return self._decide(request_id, "cancel", reason)
+
+    def watch_request(self, request_id: str) -> Iterator[UnlearningRequest]:
+        """The request now and at every change, until it has ended and its text is deleted."""
+        path = f"{_request_path(request_id)}/events"
+        try:
+            with self._http.stream("GET", path, timeout=self._timeout_s) as response:
+                if not response.is_success:
+                    response.read()
+                    raise error_of(response)
+                kind = ""
+                for line in response.iter_lines():
+                    if line.startswith("event: "):
+                        kind = line.removeprefix("event: ")
+                    elif line.startswith("data: ") and kind == "request":
+                        yield UnlearningRequest.model_validate_json(line.removeprefix("data: "))
+                    elif line.startswith("data: "):
+                        raise _error_of_problem(line.removeprefix("data: ").encode(), response)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._silent(error) from error
+
+    def evidence(self, request_id: str) -> dict[str, Any]:
+        """The envelope with the facts about a request. Raises: RequestNotFoundError."""
+        return self._ask("GET", f"{_request_path(request_id)}/evidence", _Envelope).model_dump()
+
+    def _decide(self, request_id: str, action: str, reason: str | None) -> UnlearningRequest:
+        headers = {} if reason is None else {REASON: quote(check_reason(reason))}
+        path = f"{_request_path(request_id)}/{action}"
+        return self._ask("POST", path, UnlearningRequest, headers=headers)
+
     def _change(
         self,
         method: str,
@@ -193,12 +281,7 @@ class AdminClient:
         try:
             response = self._http.request(method, path, headers=headers, json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise AlterError(
-                f"The server at {self._url} does not answer",
-                expected="a server that was started with `alter serve`",
-                got=str(error) or type(error).__name__,
-                fix="Check --url or ALTER_URL, and that the server has started.",
-            ) from error
+            raise self._silent(error) from error
         if not response.is_success:
             raise error_of(response)
         try:
@@ -206,13 +289,25 @@ class AdminClient:
         except ValidationError as error:
             raise _foreign(response) from error
 
+    def _silent(self, error: Exception) -> AlterError:
+        return AlterError(
+            f"The server at {self._url} does not answer",
+            expected="a server that was started with `alter serve`",
+            got=str(error) or type(error).__name__,
+            fix="Check --url or ALTER_URL, and that the server has started.",
+        )
+
 
 def error_of(response: httpx.Response) -> AlterError:
     """The error that a refusal stands for."""
     if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
         return _foreign(response)
+    return _error_of_problem(response.content, response)
+
+
+def _error_of_problem(document: bytes, response: httpx.Response) -> AlterError:
     try:
-        problem = Problem.model_validate_json(response.content)
+        problem = Problem.model_validate_json(document)
     except ValidationError:
         return _foreign(response)
     if problem.status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
@@ -234,6 +329,10 @@ def _foreign(response: httpx.Response) -> AlterError:
 def _path(name: str) -> str:
     check_domain_name(name)
     return f"/forget-domains/{name}"
+
+
+def _request_path(request_id: str) -> str:
+    return f"{_REQUESTS}/{quote(request_id, safe='')}"
 
 
 def _conditions(if_epoch: int | None, idempotency_key: str | None) -> dict[str, str]:

@@ -26,6 +26,7 @@ from server.settings import ServeSettings
 class Parts:
     """What works together in one server."""
 
+    substrate: Substrate
     service: DomainService
     registry: Registry
     reconciler: Reconciler
@@ -51,7 +52,13 @@ class Parts:
         )
         reconciler = Reconciler(service, registry, store, cache, clock=clock)
         operations = OperationService(registry, store, reconciler, substrate, audit_log=audit_log)
-        return cls(service=service, registry=registry, reconciler=reconciler, operations=operations)
+        return cls(
+            substrate=substrate,
+            service=service,
+            registry=registry,
+            reconciler=reconciler,
+            operations=operations,
+        )
 
     async def start(self, domains: Mapping[str, Path]) -> None:
         """Proves the engine, records `domains`, applies what is to be active, and goes on doing so.

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -23,6 +24,11 @@ from server.audit import AuditLog
 from server.domains import DomainService
 from server.parts import Parts, deployment_of
 from server.registry import ImportPolicy
+from server.requests.book import RequestBook
+from server.requests.jobs import RESULT, JobState
+from server.requests.service import RequestService
+from server.requests.settings import RequestSettings
+from server.requests.workspace import Workspace
 from server.settings import token_digest
 from tests.support.engine_double import EngineDouble
 
@@ -82,6 +88,18 @@ async def _serve(settings: ReplicaSettings, points: Points) -> None:
         max_domains=settings.max_domains,
         audit_log=audit_log,
     )
+    requests = RequestService(
+        RequestBook(registry.database),
+        Workspace(settings.audit_log.with_name("unlearning")),
+        parts.operations,
+        _NoJobs(),
+        RequestSettings(),
+        model=settings.substrate,
+        substrate=settings.substrate,
+        may_generate=lambda: parts.reconciler.may_generate,
+        epoch=lambda: parts.service.epoch,
+        audit_log=audit_log,
+    )
     app = FastAPI()
     _add_stream(app, engine, parts.service)
     runtime = attach(app)
@@ -90,12 +108,30 @@ async def _serve(settings: ReplicaSettings, points: Points) -> None:
         token_digest(settings.token),
         audit=audit_log,
         sources=ImportPolicy(folders=(settings.substrate.parent,)),
+        requests=requests,
     )
     await parts.start({})
+    requests.start()
     config = uvicorn.Config(
         app, host="127.0.0.1", port=settings.port, log_level="critical", lifespan="on"
     )
     await uvicorn.Server(config).serve()
+
+
+class _NoJobs:
+    """A `JobRunner` that trains nothing: requests are made up, and end where a job would begin."""
+
+    async def start(self, folder: Path, spec: dict[str, Any]) -> None:
+        """See `JobRunner.start`."""
+        folder.mkdir(exist_ok=True)
+        (folder / RESULT).write_text(json.dumps({"outcome": "failed", "error": "training"}))
+
+    async def state(self, folder: Path) -> JobState:
+        """See `JobRunner.state`."""
+        return "ended" if (folder / RESULT).exists() else "none"
+
+    async def cancel(self, folder: Path) -> None:
+        """See `JobRunner.cancel`."""
 
 
 def _registry(settings: ReplicaSettings, substrate: Substrate, points: Points) -> PointedRegistry:

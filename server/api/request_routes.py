@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator
 from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import APIRouter, Depends, Header, Request
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from starlette.responses import Response
 
 from alter_core.errors import AlterError, RequestsClosedError
+from server.evidence import render_certificate
+from server.evidence.issue import issue
 from server.requests.intake import Upload, read_source
 from server.requests.records import UnlearningRequest as RequestRecord
 from server.requests.service import RequestService
@@ -26,6 +28,7 @@ from .request_models import (
     UnlearningRequestList,
 )
 from .routes import IdempotencyKey, Reason, header_reason, problems
+from .routes import With as WithParts
 from .runtime import AlterRuntime
 
 KEEP_ALIVE_S = 15.0
@@ -145,6 +148,36 @@ async def events(id: str, requests: With) -> Response:
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
+
+
+@router.get(
+    f"{PATH}/{{id}}/evidence",
+    summary="Evidence of an unlearning request",
+    response_class=JSONResponse,
+    responses={
+        HTTPStatus.OK: {
+            "description": "A DSSE envelope; with `Accept: text/html` a page that has it inside",
+            "content": {
+                "application/json": {"schema": {"type": "object"}},
+                "text/html": {"schema": {"type": "string"}},
+            },
+        },
+        **problems(HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE),
+    },
+)
+async def evidence(
+    id: str,
+    request: Request,
+    requests: With,
+    parts: WithParts,
+    accept: Annotated[str, Header(description="`text/html`: a page for people")] = "",
+) -> Response:
+    """What was asked, what was measured, what applies, and who did it; signed if the server has a key."""
+    envelope = await issue(id, parts, requests, request.app.state.alter.audit)
+    headers = {"Cache-Control": "no-store"}
+    if "text/html" in accept:
+        return HTMLResponse(render_certificate(envelope), headers=headers)
+    return JSONResponse(envelope, headers=headers)
 
 
 @router.post(

@@ -130,6 +130,13 @@ class AuditLog:
             for row in connection.execute(select(audit_records).order_by(audit_records.c.sequence)):
                 yield AuditRecord(**row._mapping)
 
+    def records_of(self, request_id: str) -> list[AuditRecord]:
+        """The records of one request, in order. Raises: AuditError."""
+        query = select(audit_records).where(audit_records.c.request_id == request_id)
+        with _reported(self._place, "read"), self._engine.connect() as connection:
+            found = connection.execute(query.order_by(audit_records.c.sequence))
+            return [AuditRecord(**row._mapping) for row in found]
+
     def head(self) -> Head:
         """Sequence and hash of the last record. Raises: AuditError."""
         with _reported(self._place, "read"), self._engine.connect() as connection:

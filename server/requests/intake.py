@@ -13,7 +13,7 @@ from typing import Any
 
 import fsspec
 
-from alter_core.errors import RequestsClosedError, TrainingDataError
+from alter_core.errors import TrainingDataError
 from alter_core.rows import Row, check_disjoint, data_digest, parse_rows, read_rows
 from server.registry import ImportPolicy
 
@@ -53,7 +53,7 @@ class Digests:
 
 
 def check_upload(upload: Upload, default_retain: Sequence[Path], now: datetime) -> Digests:
-    """Raises: TrainingDataError, RequestsClosedError if there is nothing to be kept beside it."""
+    """Raises: TrainingDataError."""
     rows = _rows("forget", upload.forget)
     documents = [_document_digest(number, each) for number, each in enumerate(upload.documents, 1)]
     if not rows and not documents:
@@ -143,7 +143,7 @@ def _rows(name: str, rows: Sequence[dict[str, Any]]) -> list[Row]:
 
 def _default_rows(files: Sequence[Path]) -> list[Row]:
     if not files:
-        raise RequestsClosedError(
+        raise TrainingDataError(
             "There is no retain sample",
             expected="rows under `retain`, or a server with --alter-retain",
             got="neither",

@@ -38,6 +38,8 @@ LOG = "log"
 LOCK = "lock"
 MODULE = "alter_cli.unlearning_job"
 CANCEL_GRACE_S = 10.0
+_children: list[subprocess.Popen[bytes]] = []
+"""Of this process, to be reaped. They are not its to end."""
 
 JobState = Literal["none", "running", "ended", "lost"]
 """`ended`: there is a result."""
@@ -66,7 +68,6 @@ class LocalJobs:
     def __init__(self, num_threads: int | None = None) -> None:
         """`num_threads`: of torch; by default half of the cores that this process may use."""
         self._num_threads = num_threads or max(1, len(os.sched_getaffinity(0)) // 2)
-        self._children: list[subprocess.Popen[bytes]] = []
 
     async def start(self, folder: Path, spec: dict[str, Any]) -> None:
         """See `JobRunner.start`."""
@@ -74,7 +75,7 @@ class LocalJobs:
 
     async def state(self, folder: Path) -> JobState:
         """See `JobRunner.state`."""
-        self._children = [child for child in self._children if child.poll() is None]
+        _children[:] = [child for child in _children if child.poll() is None]
         if not (folder / LOCK).exists():
             return "none"
         if _holder(folder) is not None:
@@ -122,7 +123,7 @@ class LocalJobs:
                     pass_fds=(lock,),
                     start_new_session=True,
                 )
-            self._children.append(child)
+            _children.append(child)
         except OSError as error:
             raise RequestsClosedError(
                 "The training job cannot be started",

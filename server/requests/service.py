@@ -112,6 +112,11 @@ class RequestService:
         await asyncio.to_thread(self._threads.shutdown)
         self._workspace.close()
 
+    @property
+    def signing_key(self) -> Path | None:
+        """Private key of what this server vouches for."""
+        return self._settings.signing_key
+
     # --- what operators ask for ---
 
     async def create(
@@ -363,7 +368,7 @@ class RequestService:
             await self._note(request, "activating", question=None)
 
     async def _activate(self, request: UnlearningRequest) -> None:
-        """Until no server can generate without the expert. The change has a key: repeated, it is made once."""
+        """Until no server can generate without the expert. Repeated, the change is made once."""
         if request.operation_id is None:
             try:
                 operation_id = await self._record_change(request)

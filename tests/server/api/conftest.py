@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
+import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -44,9 +47,18 @@ from server.operations import Operation, OperationService
 from server.parts import Parts, deployment_of
 from server.reconciler import Reconciler
 from server.registry import BundleStore, ImportPolicy, Registry
+from server.requests import jobs
+from server.requests import service as service_module
+from server.requests.book import RequestBook
+from server.requests.jobs import LocalJobs
+from server.requests.service import RequestService
+from server.requests.settings import RequestSettings
+from server.requests.workspace import Workspace
 from server.settings import token_digest
 from server.tokens import TokenStore
 from tests.support.tiny import PROVENANCE, TinyBundles, make_bundles, random_expert
+
+from .request_plans import figures
 
 MAX_DOMAINS = 3
 TOKEN = "correct-horse"
@@ -286,6 +298,26 @@ def write_expert(
     return write
 
 
+@pytest.fixture
+def plan(
+    monkeypatch: pytest.MonkeyPatch, bundles: TinyBundles, tmp_path: Path
+) -> Iterator[Callable[..., None]]:
+    """Sets what jobs that start from now on do. None is left at the end."""
+
+    def set_plan(expert: str = "domain-0", **fields: Any) -> None:
+        chosen = {"bundle": str(bundles.experts[expert]), "figures": figures()} | fields
+        monkeypatch.setenv("ALTER_TEST_JOB", json.dumps(chosen))
+
+    monkeypatch.setattr(jobs, "MODULE", "tests.support.scripted_job")
+    monkeypatch.setattr(service_module, "POLL_S", 0.02)
+    monkeypatch.setattr(service_module, "WATCH_S", 0.01)
+    set_plan()
+    yield set_plan
+    for lock in tmp_path.glob("work/requests/*/job/lock"):
+        if holder := jobs._holder(lock.parent):
+            os.killpg(holder, signal.SIGKILL)
+
+
 def generating_app(steps: list[asyncio.Event]) -> FastAPI:
     """Routes that stand where vLLM's stand."""
     app = FastAPI()
@@ -323,6 +355,8 @@ def make_stack(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable
         tokens: TokenStore | None = None,
         audit_log: AuditLog | None = None,
         requires_if_match: bool = False,
+        requests: RequestSettings | None = None,
+        max_upload_bytes: int = 2**20,
     ) -> Stack:
         steps = [asyncio.Event() for _ in range(num_steps)]
         app = generating_app(steps)
@@ -330,6 +364,20 @@ def make_stack(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable
         runtime = attach(app)
         app.router.routes.append(catch_all)
         replica = site.replica(audit_log=audit_log)
+        service = None
+        if requests is not None:
+            service = RequestService(
+                RequestBook(replica.parts.registry.database),
+                Workspace(site.folder / "work"),
+                replica.operations,
+                LocalJobs(1),
+                requests,
+                model=site.folder,
+                substrate=site.folder,
+                may_generate=lambda: replica.reconciler.may_generate,
+                epoch=lambda: replica.service.epoch,
+                audit_log=audit_log,
+            )
         runtime.open(
             replica.parts,
             None if token is None else token_digest(token),
@@ -338,8 +386,12 @@ def make_stack(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable
             requires_if_match=requires_if_match,
             sources=ImportPolicy(folders=(tmp_path_factory.getbasetemp(),)),
             prompts=Words(),
+            requests=service,
+            max_upload_bytes=max_upload_bytes,
         )
         await replica.parts.start({})
+        if service is not None:
+            service.start()
         return Stack(replica.parts, replica.engine, replica.clock, app, runtime, steps)
 
     return build
