@@ -103,7 +103,7 @@ def signed(document: Mapping[str, Any], private_key: Path | None) -> dict[str, A
     if private_key is not None:
         try:
             key = load_pem_private_key(private_key.read_bytes(), password=None)
-            envelope.sign(CryptoSigner(key))  # type: ignore[arg-type]  # refused below if it is another
+            envelope.sign(CryptoSigner(key))
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm, EnvelopeError) as error:
             raise _bad_key(private_key, "private", error) from error
     return dict(envelope.to_dict())

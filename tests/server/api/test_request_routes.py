@@ -80,7 +80,8 @@ async def until(client: httpx.AsyncClient, request_id: str, *states: str) -> dic
     async with asyncio.timeout(WAIT_S):
         while True:
             body: dict[str, Any] = (await client.get(f"{URL}/{request_id}")).json()
-            if body["state"] in states:
+            is_clean = body["text_deleted_at"] is not None
+            if body["state"] in states and (is_clean or body["state"] == "awaiting-approval"):
                 return body
             await asyncio.sleep(0.02)
 
