@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from server.reconciler import Reconciler
 from server.registry import BundleStore, Deployment, Registry
 from server.requests.book import RequestBook
 from server.requests.jobs import LocalJobs
+from server.requests.ray_jobs import RayJobs
 from server.requests.service import RequestService
 from server.requests.workspace import Workspace
 from server.settings import ServeSettings
@@ -92,12 +94,15 @@ def request_service(
     writer: Writer | None = None,
     audit_log: AuditLog | None = None,
 ) -> RequestService:
-    """What takes unlearning requests. `model`: folder or hub name of the base model. Raises: ConfigError."""
+    """What takes unlearning requests. `model`: folder or hub name of the base model.
+
+    Raises: ConfigError.
+    """
     return RequestService(
         RequestBook(parts.registry.database),
         Workspace(settings.workspace),
         parts.operations,
-        LocalJobs(),
+        RayJobs(address) if (address := os.environ.get("RAY_ADDRESS")) else LocalJobs(),
         settings.requests,
         model=model,
         substrate=settings.substrate,

@@ -121,7 +121,8 @@ class LocalJobs:
                     stderr=log,
                     env=os.environ | {"OMP_NUM_THREADS": str(self._num_threads)},
                     pass_fds=(lock,),
-                    start_new_session=True,
+                    # Not a session: Linux shares out time by session, whatever the niceness of a process.
+                    process_group=0,
                 )
             _children.append(child)
         except OSError as error:

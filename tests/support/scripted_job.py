@@ -1,6 +1,6 @@
 """Stands in for `alter_cli.unlearning_job` where training would take minutes: what it does is told by a plan.
 
-The plan is JSON in ALTER_TEST_JOB: `bundle` to hand over, `figures`, `outcome`, `error`; `deaths`, how often
+The plan is JSON in ALTER_TEST_JOB, or in the file `plan` of the job: `bundle` to hand over, `figures`, `outcome`, `error`; `deaths`, how often
 it kills itself first; `waits`, a file that it waits for; `pause_s`, how long it measures. It notes its starts
 in the file `starts` of its folder. It imports nothing of the project: torch alone takes seconds.
 """
@@ -17,10 +17,12 @@ from pathlib import Path
 
 
 def main() -> None:
-    folder, plan = Path(sys.argv[1]), json.loads(os.environ["ALTER_TEST_JOB"])
+    folder = Path(sys.argv[1])
     with (folder / "lock").open("r+b") as lock:
         lock.write(f"{os.getpid():<20}".encode())
     spec = json.loads((folder / "job.json").read_bytes())
+    given = Path(spec["plan"]).read_text() if "plan" in spec else os.environ["ALTER_TEST_JOB"]
+    plan = json.loads(given)
     for path in (spec["forget"], *spec["retain"]):
         assert Path(path).read_bytes()
     with (folder / "starts").open("a") as starts:
