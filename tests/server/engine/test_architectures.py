@@ -47,7 +47,12 @@ def _retain(architecture: str) -> str:
 
 # Llama's, compiled, is the engine that the tests beside this one share.
 _EAGER = [
-    pytest.param(name, True, id=f"{name}-eager", marks=pytest.mark.slow if name == "llama" else ())
+    pytest.param(
+        name,
+        True,
+        id=f"{name}-eager",
+        marks=pytest.mark.slow if name in ("llama", "mistral") else (),
+    )
     for name in ARCHITECTURES
 ]
 _COMPILED = [
