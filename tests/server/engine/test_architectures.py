@@ -42,7 +42,7 @@ def bundles_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny
 
 def _retain(architecture: str) -> str:
     """One of them has a trained retain expert, so that B_r is proven in the engine, too."""
-    return "trained" if architecture == "mistral" else "identity"
+    return "trained" if architecture == "phi3" else "identity"
 
 
 # Llama's, compiled, is the engine that the tests beside this one share.
