@@ -43,7 +43,8 @@ MARGIN_S = 2.0
 """`alter serve` has no flag for it."""
 LEASE_S = 2.0
 NUM_TOKENS = 8
-START_TIMEOUT_S = 280.0
+START_TIMEOUT_S = 600.0
+"""Where there are more engines than cores, they wait for one another."""
 _TEXT = [
     "the quick brown fox jumps over the lazy dog and the five boxing wizards jump quickly",
     "pack my box with five dozen liquor jugs",
@@ -224,11 +225,10 @@ async def _measure(
         restarts_for_torn_files=False,
     )
     try:
-        started = time.monotonic()
+        start_s = []
         for _ in range(settings.replicas):
-            await fleet.add()
-        await fleet.ready()
-        start_s = time.monotonic() - started
+            replica = await fleet.add()
+            start_s.append(await fleet.ready(replica) - replica.started_at)
         await fleet.learn(by_digest, ("authors", "places", "novels"))
         fleet.follow_all()
         fleet.watch()
@@ -237,7 +237,7 @@ async def _measure(
         return {
             **await episode.result(),
             "database": place.kind,
-            "start_s": [start_s],
+            "start_s": start_s,
             "answers_across_a_switch": fleet.num_spanned,
         }
     finally:
