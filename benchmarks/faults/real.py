@@ -140,10 +140,9 @@ class RealFleet(Fleet):
         await asyncio.to_thread(replica.start)
         return replica
 
-    def follow_all(self) -> None:
+    def follow(self, replica: Any) -> None:
         """From now on answers are asked for, and checked."""
-        for replica in self.replicas:
-            self._streams[replica.name] = asyncio.create_task(self._follow(replica))
+        self._streams[replica.name] = asyncio.create_task(self._follow(replica))
 
     async def learn(self, by_digest: Mapping[str, Path], names: tuple[str, ...]) -> None:
         """Notes the answer of every set of experts. Raises: NotReadyError if two are alike."""
@@ -226,11 +225,12 @@ async def _measure(
     )
     try:
         start_s = []
-        for _ in range(settings.replicas):
+        for index in range(settings.replicas):
             replica = await fleet.add()
             start_s.append(await fleet.ready(replica) - replica.started_at)
-        await fleet.learn(by_digest, ("authors", "places", "novels"))
-        fleet.follow_all()
+            if index == 0:
+                await fleet.learn(by_digest, ("authors", "places", "novels"))
+            fleet.follow(replica)
         fleet.watch()
         episode = Episode(scene)
         await episode.rounds_until(settings.real_faults)
