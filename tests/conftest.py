@@ -33,11 +33,14 @@ VLLM_FILES = frozenset(
     )
 )
 """They start vLLM: under `pytest -n` one after another, since its threads would wait for one another."""
+WORLD = "world"
+WORLD_FOLDERS = ("tests/trainer/", "tests/alter_eval/", "tests/benchmarks/")
+"""Their files share models that take a minute or two to train, once for each worker that runs any of them."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file stays on one worker, and all of vLLM on the same one."""
+    """A file stays on one worker, all of vLLM on one, and all that share the small world on one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -50,12 +53,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins."""
-    items.sort(key=lambda item: _scope_of(item.nodeid) != VLLM)
+    first = {VLLM: 0, WORLD: 1}
+    items.sort(key=lambda item: first.get(_scope_of(item.nodeid), 2))
 
 
 def _scope_of(nodeid: str) -> str:
     path = nodeid.partition("::")[0]
-    return VLLM if path in VLLM_FILES else path
+    if path in VLLM_FILES:
+        return VLLM
+    return WORLD if path.startswith(WORLD_FOLDERS) else path
 
 
 @pytest.fixture(scope="session", autouse=True)

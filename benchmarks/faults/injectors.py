@@ -395,8 +395,8 @@ INJECTORS: Mapping[str, Weights] = {
     "postgresql": {**_EVERYWHERE, **_PROCESSES, **_POSTGRESQL},
 }
 """By kind of database: how often each is chosen, against the others."""
-REAL: Weights = {**_EVERYWHERE, **_POSTGRESQL, killed: 0.05}
-"""Where a start takes half a minute."""
+REAL: Weights = {**_EVERYWHERE, **_POSTGRESQL, killed: 0.5}
+"""Where a start takes a minute or two."""
 
 
 def choose(weights: Weights, count: int, chance: random.Random) -> list[Injector]:

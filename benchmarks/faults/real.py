@@ -43,7 +43,8 @@ MARGIN_S = 2.0
 """`alter serve` has no flag for it."""
 LEASE_S = 2.0
 NUM_TOKENS = 8
-START_TIMEOUT_S = 280.0
+START_TIMEOUT_S = 600.0
+"""Where there are more engines than cores, they wait for one another."""
 _TEXT = [
     "the quick brown fox jumps over the lazy dog and the five boxing wizards jump quickly",
     "pack my box with five dozen liquor jugs",
@@ -139,10 +140,9 @@ class RealFleet(Fleet):
         await asyncio.to_thread(replica.start)
         return replica
 
-    def follow_all(self) -> None:
+    def follow(self, replica: Any) -> None:
         """From now on answers are asked for, and checked."""
-        for replica in self.replicas:
-            self._streams[replica.name] = asyncio.create_task(self._follow(replica))
+        self._streams[replica.name] = asyncio.create_task(self._follow(replica))
 
     async def learn(self, by_digest: Mapping[str, Path], names: tuple[str, ...]) -> None:
         """Notes the answer of every set of experts. Raises: NotReadyError if two are alike."""
@@ -224,20 +224,20 @@ async def _measure(
         restarts_for_torn_files=False,
     )
     try:
-        started = time.monotonic()
-        for _ in range(settings.replicas):
-            await fleet.add()
-        await fleet.ready()
-        start_s = time.monotonic() - started
-        await fleet.learn(by_digest, ("authors", "places", "novels"))
-        fleet.follow_all()
+        start_s = []
+        for index in range(settings.replicas):
+            replica = await fleet.add()
+            start_s.append(await fleet.ready(replica) - replica.started_at)
+            if index == 0:
+                await fleet.learn(by_digest, ("authors", "places", "novels"))
+            fleet.follow(replica)
         fleet.watch()
         episode = Episode(scene)
         await episode.rounds_until(settings.real_faults)
         return {
             **await episode.result(),
             "database": place.kind,
-            "start_s": [start_s],
+            "start_s": start_s,
             "answers_across_a_switch": fleet.num_spanned,
         }
     finally:
