@@ -1,0 +1,106 @@
+"""The HTTP side as OpenAPI describes it, taken from the application that `alter serve` puts together."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import FastAPI
+
+from server.api.app import ADMIN, attach
+from server.api.auth import needed_role
+
+from .markup import code, fence, sentence, table
+from .schema import SchemaPage
+
+SERVER = "localhost:8000"
+_PAGE = SchemaPage(prefix="http")
+_PLACES = {"path": "in the path", "header": "header", "query": "in the query"}
+
+
+@functools.cache
+def openapi() -> dict[str, Any]:
+    """What `/openapi.json` says of our routes; vLLM's own stand beside them on a running server."""
+    app = FastAPI(title="ALTER Server")
+    attach(app)
+    return app.openapi()
+
+
+def operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Method, path and description of every route."""
+    for path, item in openapi()["paths"].items():
+        for method, operation in item.items():
+            yield method.upper(), path, operation
+
+
+def routes() -> str:
+    """One section a route."""
+    return "\n".join(_route(*each) for each in operations())
+
+
+def bodies() -> str:
+    """One section for each object that is sent or answered."""
+    schemas = openapi()["components"]["schemas"]
+    return "\n".join(_PAGE.section(name, schema) for name, schema in sorted(schemas.items()))
+
+
+def _route(method: str, path: str, operation: dict[str, Any]) -> str:
+    text = f"\n### {method} {path} {{#{anchor(method, path)}}}\n\n{operation['summary']}."
+    text += f" {operation.get('description', '')}\n\n"
+    if path.startswith(ADMIN):
+        text += f"Role: {needed_role(method)}, or a higher one.\n"
+    else:
+        text += "Open to everybody, without a token.\n"
+    parameters = [
+        (code(p["name"]), _PLACES[p["in"]], sentence(p.get("description", "")))
+        for p in operation.get("parameters", ())
+    ]
+    text += table(("parameter", "where", "meaning"), parameters)
+    body = _content(operation.get("requestBody", {}))
+    if body:
+        text += f"\nBody: {_PAGE.type_of(body)}.\n"
+    text += fence("console", _curl(method, path, _example(body)))
+    answers = [
+        (status, answer["description"], _PAGE.type_of(schema) if (schema := _content(answer)) else "")
+        for status, answer in operation["responses"].items()
+        if status != "default"
+    ]
+    return text + table(("status", "when", "body"), answers)
+
+
+def anchor(method: str, path: str) -> str:
+    """Of a route's section."""
+    steps = [step.strip("{}") for step in path.split("/") if step]
+    return "-".join([method.lower(), *steps]).replace("_", "-")
+
+
+def _curl(method: str, path: str, body: Any) -> str:
+    for name, value in _EXAMPLES.items():
+        path = path.replace(f"{{{name}}}", value)
+    parts = ["$ curl -s"]
+    if method != ("GET" if body is None else "POST"):
+        parts[0] += f" -X {method}"
+    parts[0] += f" {SERVER}{path}"
+    if path.startswith(ADMIN):
+        parts.append('-H "authorization: Bearer $ALTER_ADMIN_TOKEN"')
+    if body is not None:
+        parts += ["-H 'content-type: application/json'", f"-d '{json.dumps(body)}'"]
+    return " \\\n    ".join(parts)
+
+
+_EXAMPLES = {"name": "authors", "operation_id": "0d6f3e0e-7a2c-4b61-9d0f-6a1b8f5c2e11"}
+
+
+def _content(part: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a body, in whichever media type; empty for an answer that has none."""
+    schema: dict[str, Any] = next(iter(part.get("content", {}).values()), {}).get("schema", {})
+    return schema
+
+
+def _example(schema: dict[str, Any]) -> Any:
+    if "$ref" not in schema:
+        return None
+    found = openapi()["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    return found["examples"][0]
