@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any
@@ -41,13 +42,18 @@ def _below(name: str, command: Command) -> Iterator[tuple[str, Command]]:
         yield from _below(f"{name} {inner}", below)
 
 
+_WORDS = {"str": "text", "int": "number", "float": "number", "Path": "path", "path": "path"}
+_SAID_DEFAULT = re.compile(r"\s*\[default: (.*)\]$")
+"""Where a default follows from something else, the help text says it."""
+
+
 def _section(name: str, command: Command) -> str:
     context = command.context_class(command, info_name=name)
-    usage = " ".join([name, *command.collect_usage_pieces(context)])
-    if context.ignore_unknown_options:
-        usage += " [any flag of vllm serve]"
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
+    usage = " ".join([name, *(p.name.upper() for p in arguments), "[OPTIONS]" if options else ""])
+    if command.context_settings.get("ignore_unknown_options"):
+        usage += " [any flag of vllm serve]"
     text = f"## {name}\n\n{_prose(command.help)}\n{fence('text', usage)}"
     rows = [(code(p.name.upper()), _type(p, context), _prose(p.help)) for p in arguments]
     text += table(("argument", "type", "meaning"), rows)
@@ -60,20 +66,27 @@ def _section(name: str, command: Command) -> str:
 
 def _row(option: Any, context: Any) -> tuple[str, str, str, str]:
     flags = ", ".join(code(flag) for flag in [*option.opts, *option.secondary_opts])
-    meaning = sentence(_prose(option.help))
+    help_text, default = _prose(option.help), _default(option)
+    if (said := _SAID_DEFAULT.search(help_text)) is not None:
+        help_text, default = help_text[: said.start()], said[1]
+    meaning = sentence(help_text)
     if option.envvar:
         meaning += f" Environment: {code(option.envvar)}."
     kind = "" if option.is_flag else _type(option, context)
-    return flags, kind, "required" if option.required else _default(option), meaning
+    return flags, kind, "required" if option.required else default, meaning
 
 
 def _type(parameter: Any, context: Any) -> str:
     text = parameter.metavar or parameter.display_type(context).strip("<>")
-    words = {"str": "text", "int": "number", "float": "number", "Path": "path"}
-    if (inner := text.removeprefix("list[").removesuffix("]")) != text:
-        return f"{words.get(inner, inner)}, repeatable"
-    text = words.get(text, text)
-    return code(text) + (", repeatable" if getattr(parameter, "multiple", False) else "")
+    text = text.removeprefix("list[").removesuffix("]").removesuffix(" range")
+    parts = [_WORDS.get(text) or code(text)]
+    if parameter.min is not None:
+        parts.append(f"from {parameter.min}")
+    if parameter.max is not None:
+        parts.append(f"up to {parameter.max}")
+    if getattr(parameter, "multiple", False):
+        parts.append("repeatable")
+    return ", ".join(parts)
 
 
 def _default(option: Any) -> str:

@@ -27,12 +27,18 @@ _OTHERS = {
     "ALTER_URL": ("`alter domains`, `fleet`, `trace`", "Where the server listens."),
     "ALTER_API_KEY": ("`alter eval --server`", "API key of the server that is evaluated."),
     "OPENAI_API_KEY": ("`alter eval fluency`", "API key of the judge."),
-    "ALTER_DATA_DIR": ("`alter eval`, `alter demo --dataset tofu`", "Folder of the benchmarks' files."),
+    "ALTER_DATA_DIR": (
+        "`alter eval`, `alter demo --dataset tofu`",
+        "Folder of the benchmarks' files.",
+    ),
     "ALTER_NATIVE": (
         "`alter serve` on a CPU",
         "`0` takes torch in place of the C++ kernels. By default they are compiled at the first start.",
     ),
-    "ALTER_DEVICE": ("`make setup`", "`cpu` or `gpu`; by default `gpu` if `nvidia-smi -L` lists one."),
+    "ALTER_DEVICE": (
+        "`make setup`",
+        "`cpu` or `gpu`; by default `gpu` if `nvidia-smi -L` lists one.",
+    ),
     "ALTER_PYTHON": ("`make setup`", "The interpreter to build the virtual environment with."),
     "ALTER_VENV": ("`make setup`", "Where the virtual environment is."),
     "ALTER_EXTRAS": ("`make setup`", "Extras to install, `dev` by default; empty: none."),
@@ -40,6 +46,7 @@ _OTHERS = {
 }
 _MADE_BY_THE_DEMO = "ALTER_DEMO_"
 _VARIABLE = re.compile(r"\b(?:ALTER_[A-Z_]*[A-Z]|OPENAI_API_KEY|TORCH_INDEX_URL)\b")
+_NAMES = re.compile(r"(--[a-z-]+|VLLM_[A-Z0-9_]+)")
 _SOURCES = ("alter_core", "alter_cli", "alter_eval", "server", "trainer", "scripts")
 
 
@@ -52,7 +59,8 @@ def server_variables() -> str:
         flag = _flag_of(name, flags)
         assert flag or name in docs, f"described nowhere: {_variable(name)}"
         meaning = sentence(docs.get(name, "")) or _without_variables(flags[flag].help)
-        default = "" if field.default in (None, "") else code(field.default)
+        default = field.default if field.default is not None else ""
+        default = code(int(default) if isinstance(default, bool) else default)
         rows.append(
             (code(_variable(name)), code(flag or ""), _type(field.annotation), default, meaning)
         )
@@ -69,7 +77,7 @@ def other_variables() -> str:
 def refused_options() -> str:
     """One row for each option and variable of vLLM that stops the start."""
     return table(
-        ("option or variable", "why"), [(code(name), sentence(why)) for name, why in refused()]
+        ("option or variable", "why"), [(_NAMES.sub(r"`\1`", name), why) for name, why in refused()]
     )
 
 

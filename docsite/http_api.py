@@ -5,19 +5,32 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
+from server.api import models
 from server.api.app import ADMIN, attach
 from server.api.auth import needed_role
 
+from .attributes import attribute_docs
 from .markup import code, fence, sentence, table
 from .schema import SchemaPage
 
 SERVER = "localhost:8000"
-_PAGE = SchemaPage(prefix="http")
 _PLACES = {"path": "in the path", "header": "header", "query": "in the query"}
+
+
+@functools.cache
+def _page() -> SchemaPage:
+    notes = {
+        (model.__name__, field): text
+        for model in _models().values()
+        for field, text in attribute_docs(model).items()
+    }
+    return SchemaPage(prefix="http", notes=notes)
 
 
 @functools.cache
@@ -43,7 +56,24 @@ def routes() -> str:
 def bodies() -> str:
     """One section for each object that is sent or answered."""
     schemas = openapi()["components"]["schemas"]
-    return "\n".join(_PAGE.section(name, schema) for name, schema in sorted(schemas.items()))
+    return "\n".join(
+        _page().section(name, schema, example=example_of(name))
+        for name, schema in sorted(schemas.items())
+    )
+
+
+def example_of(name: str) -> Any:
+    """The model's own example; FastAPI leaves nulls out of those in `/openapi.json`."""
+    extra: Any = _models()[name].model_config.get("json_schema_extra", {})
+    return next(iter(extra.get("examples", ())), None)
+
+
+def _models() -> dict[str, type[BaseModel]]:
+    return {
+        name: member
+        for name, member in vars(models).items()
+        if isinstance(member, type) and issubclass(member, BaseModel)
+    }
 
 
 def _route(method: str, path: str, operation: dict[str, Any]) -> str:
@@ -60,14 +90,24 @@ def _route(method: str, path: str, operation: dict[str, Any]) -> str:
     text += table(("parameter", "where", "meaning"), parameters)
     body = _content(operation.get("requestBody", {}))
     if body:
-        text += f"\nBody: {_PAGE.type_of(body)}.\n"
+        text += f"\nBody: {_page().type_of(body)}.\n"
     text += fence("console", _curl(method, path, _example(body)))
     answers = [
-        (status, answer["description"], _PAGE.type_of(schema) if (schema := _content(answer)) else "")
-        for status, answer in operation["responses"].items()
+        (
+            status,
+            _when(status, answer),
+            _page().type_of(schema) if (schema := _content(answer)) else "",
+        )
+        for status, answer in sorted(operation["responses"].items())
         if status != "default"
     ]
     return text + table(("status", "when", "body"), answers)
+
+
+def _when(status: str, answer: dict[str, Any]) -> str:
+    """What is said of an answer; FastAPI says the same of all that succeed."""
+    said = answer["description"]
+    return HTTPStatus(int(status)).phrase if said == "Successful Response" else said
 
 
 def anchor(method: str, path: str) -> str:
@@ -102,5 +142,4 @@ def _content(part: dict[str, Any]) -> dict[str, Any]:
 def _example(schema: dict[str, Any]) -> Any:
     if "$ref" not in schema:
         return None
-    found = openapi()["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
-    return found["examples"][0]
+    return example_of(schema["$ref"].rpartition("/")[2])

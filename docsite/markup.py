@@ -45,9 +45,9 @@ def json_block(value: Any) -> str:
 
 
 def sentence(text: str) -> str:
-    """With a capital and a full stop."""
+    """With a full stop."""
     text = text.strip()
-    return text and text[0].upper() + text[1:] + ("" if text.endswith((".", ":")) else ".")
+    return text + ("." if text and not text.endswith((".", ":")) else "")
 
 
 def _escaped(text: str) -> str:

@@ -18,11 +18,11 @@ class SchemaPage:
 
     prefix: str
     """Of their anchors: other pages may have objects of the same names."""
-    notes: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    notes: Mapping[tuple[str, str], str]
     """What a field means, by object and field, where the schema does not say it."""
 
-    def section(self, name: str, schema: Schema, level: int = 3) -> str:
-        """Heading, description, fields, first example."""
+    def section(self, name: str, schema: Schema, level: int = 3, example: Any = None) -> str:
+        """Heading, description, fields, example."""
         required = schema.get("required", ())
         rows = [
             (
@@ -35,9 +35,7 @@ class SchemaPage:
         ]
         text = f"\n{'#' * level} {name} {{#{self.anchor(name)}}}\n\n{_lines(schema)}\n"
         text += table(("field", "type", "", "meaning"), rows)
-        for example in schema.get("examples", ())[:1]:
-            text += json_block(example)
-        return text
+        return text if example is None else text + json_block(example)
 
     def anchor(self, name: str) -> str:
         """Of an object's section."""
@@ -63,7 +61,7 @@ class SchemaPage:
         text = schema.get("type", "anything")
         if "format" in schema:
             text += f" ({schema['format']})"
-        limits = [f"{word} {schema[key]}" for key, word in _LIMITS.items() if key in schema]
+        limits = [f"{word} {code(schema[key])}" for key, word in _LIMITS.items() if key in schema]
         return ", ".join([text, *limits])
 
 
