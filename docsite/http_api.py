@@ -135,8 +135,10 @@ _EXAMPLES = {"name": "authors", "operation_id": "0d6f3e0e-7a2c-4b61-9d0f-6a1b8f5
 
 def _content(part: dict[str, Any]) -> dict[str, Any]:
     """The schema of a body, in whichever media type; empty for an answer that has none."""
-    schema: dict[str, Any] = next(iter(part.get("content", {}).values()), {}).get("schema", {})
-    return schema
+    for media_type in part.get("content", {}).values():
+        schema: dict[str, Any] = media_type.get("schema", {})
+        return schema
+    return {}
 
 
 def _example(schema: dict[str, Any]) -> Any:

@@ -53,8 +53,7 @@ class SchemaPage:
         if "enum" in schema:
             return " or ".join(code(json.dumps(value)) for value in schema["enum"])
         if schema.get("type") == "array":
-            inner = schema.get("items") or next(iter(schema.get("prefixItems", ())), {})
-            return f"list of {self.type_of(inner)}"
+            return f"list of {self.type_of(schema.get('items', {}))}"
         if schema.get("type") == "object":
             inner = schema.get("additionalProperties")
             return f"object of {self.type_of(inner)}" if isinstance(inner, Mapping) else "object"
