@@ -5,6 +5,7 @@ Results go to stdout, logs to stderr; exit 0 for success, 1 for a failure, 2 for
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -26,8 +27,6 @@ def _root() -> None:
 
 
 def _demo() -> None:
-    # Before torch is loaded: on a busy machine, threads that spin while they wait starve each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from .demo.command import demo_command
 
     app.command("demo")(demo_command)
@@ -116,9 +115,20 @@ _LOADERS: dict[str, Callable[[], None]] = {
 """What each command needs is imported only when it is called: torch alone takes seconds."""
 
 
+@functools.cache
+def whole_app() -> typer.Typer:
+    """The application with every command, for who describes it; to run it, `app_main` loads less."""
+    for load in _LOADERS.values():
+        load()
+    return app
+
+
 def app_main() -> None:
     """Entry point of the console script."""
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    if wanted == "demo":
+        # Before torch is loaded: on a busy machine, threads that spin while they wait starve each other.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name, load in _LOADERS.items():
         if wanted in (name, "") or wanted not in _LOADERS:
             load()

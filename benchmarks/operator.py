@@ -3,8 +3,8 @@
     python -m benchmarks.operator            docs/results/operator.{json,md}
     python -m benchmarks.operator --quick    shorter loads and fewer traces, in build/
 
-The demo's base model and substrate, made if they are missing, one `alter serve`, and a steady load of chats. A
-request of 40 rows is sent in the middle of it. Throughput is completion tokens a second, while the expert is
+The demo's base model and substrate, made if they are missing, one `alter serve`, and a steady load of chats.
+A request of 40 rows is sent in the middle of it. Throughput is completion tokens a second, while the expert is
 trained and measured, over that before and after. A trace is set beside a completion of one token of the same
 length, each text sent once.
 """
@@ -167,7 +167,7 @@ def _traces(
 
     ratios = []
     with httpx.Client(timeout=60, trust_env=False) as http:
-        for turn in range(settings.num_traces + 2):
+        for _ in range(settings.num_traces + 2):
             began = time.monotonic()
             prefill(http, text())
             middle = time.monotonic()

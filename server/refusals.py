@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from alter_core.errors import UnsupportedEngineError
 
@@ -162,7 +162,7 @@ _REFUSALS = (
     ),
 )
 
-
+_ONE_ENGINE = "a switch reaches one engine only"
 _REFUSED_VARIABLES = {
     "VLLM_USE_RUST_FRONTEND": "it serves HTTP without Python plugins",
     "VLLM_SERVER_DEV_MODE": "it opens worker calls and weight updates to everybody",
@@ -174,11 +174,18 @@ _REFUSED_VARIABLES = {
 }
 
 
+def refused() -> Iterator[tuple[str, str]]:
+    """Every option, then every variable, that is refused; and why."""
+    yield from ((refusal.option, refusal.reason) for refusal in _REFUSALS)
+    yield from _REFUSED_VARIABLES.items()
+    yield "VLLM_DP_SIZE > 1", _ONE_ENGINE
+
+
 def refuse_environment(environ: Mapping[str, str]) -> None:
     """Raises: UnsupportedEngineError for variables of vLLM that ALTER cannot be served with."""
     for name, reason in _REFUSED_VARIABLES.items():
         _refuse_variable(environ, name, reason, ("", "0", "false"))
-    _refuse_variable(environ, "VLLM_DP_SIZE", "a switch reaches one engine only", ("", "1"))
+    _refuse_variable(environ, "VLLM_DP_SIZE", _ONE_ENGINE, ("", "1"))
 
 
 def _refuse_variable(

@@ -68,6 +68,7 @@ class SecurityEnvironment(BaseSettings):
     client_cert: Path | None = None
     """Of the client: what it shows."""
     client_key: Path | None = None
+    """Of the client: its private key, if it is another file."""
 
 
 def _admin_port(flags: SecurityFlags, environment: SecurityEnvironment) -> AdminPort | None:

@@ -172,6 +172,7 @@ class Environment(SecurityEnvironment, RequestEnvironment):
     domains: str = ""
     max_domains: int = Field(default=DEFAULT_MAX_DOMAINS, ge=1)
     admin_token: SecretStr | None = None
+    """The token of /admin that has the role admin. Also what the command line sends."""
     admin_token_file: Path | None = None
     tokens_file: Path | None = None
     audit_log: Path | None = None

@@ -99,7 +99,7 @@ class RoleGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         principal: Principal = scope["state"]["principal"]
-        needed: Role = "viewer" if scope["method"] in _READING else "operator"
+        needed = needed_role(scope["method"])
         if principal.has(needed):
             await self._app(scope, receive, send)
             return
@@ -113,6 +113,11 @@ class RoleGuard:
             fix="Ask who runs the server for another token.",
         )
         await problem_response(error.problem, scope["path"])(scope, receive, send)
+
+
+def needed_role(method: str) -> Role:
+    """The lowest role that may send such a request."""
+    return "viewer" if method in _READING else "operator"
 
 
 class FailureLimit:

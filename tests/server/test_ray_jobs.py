@@ -73,7 +73,7 @@ def jobs(address: str, monkeypatch: pytest.MonkeyPatch) -> RayJobs:
 
 
 def spec(folder: Path, **plan: Any) -> dict[str, Any]:
-    """What a scripted job reads, with its plan beside it: Ray's processes have an environment of their own."""
+    """What a scripted job reads, and its plan: Ray's processes have an environment of their own."""
     (folder / "forget.jsonl").write_text("{}")
     (folder / "plan.json").write_text(json.dumps({"figures": {}} | plan))
     return {

@@ -1,8 +1,9 @@
 """Stands in for `alter_cli.unlearning_job` where training would take minutes: what it does is told by a plan.
 
-The plan is JSON in ALTER_TEST_JOB, or in the file `plan` of the job: `bundle` to hand over, `figures`, `outcome`, `error`; `deaths`, how often
-it kills itself first; `waits`, a file that it waits for; `pause_s`, how long it measures. It notes its starts
-in the file `starts` of its folder. It imports nothing of the project: torch alone takes seconds.
+The plan is JSON in ALTER_TEST_JOB, or in the file `plan` of the job: `bundle` to hand over, `figures`,
+`outcome`, `error`; `deaths`, how often it kills itself first; `waits`, a file that it waits for; `pause_s`,
+how long it measures. It notes its starts in the file `starts` of its folder. It imports nothing of the
+project: torch alone takes seconds.
 """
 
 from __future__ import annotations
