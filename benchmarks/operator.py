@@ -4,9 +4,9 @@
     python -m benchmarks.operator --quick    shorter loads and fewer traces, in build/
 
 The demo's base model and substrate, made if they are missing, one `alter serve`, and a steady load of chats.
-A request of 40 rows is sent in the middle of it. Throughput is completion tokens a second, while the expert is
-trained and measured, over that before and after. A trace is set beside a completion of one token of the same
-length, each text sent once.
+A request of 40 rows is sent in the middle of it. Throughput is completion tokens a second, while the expert
+is trained and measured, over that before and after. A trace is set beside a completion of one token of the
+same length, each text sent once.
 """
 
 from __future__ import annotations
