@@ -58,6 +58,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 POLL_S = 0.5
+IDLE_POLL_S = 5.0
+"""While nothing is under way: what another server of the machine has taken is looked for."""
 WATCH_S = 0.5
 MAX_ATTEMPTS = 3
 """Jobs that may be lost before a request has failed."""
@@ -97,6 +99,7 @@ class RequestService:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._told: dict[str, str] = {}
+        self._preparing: dict[str, asyncio.Task[None]] = {}
         # Of its own: uploads must not wait for what blocks elsewhere.
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="alter-requests")
 
@@ -107,8 +110,10 @@ class RequestService:
     async def stop(self) -> None:
         """Jobs run on; whoever starts next follows them."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            tasks = [self._task, *self._preparing.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self._threads.shutdown)
         self._workspace.close()
 
@@ -238,17 +243,17 @@ class RequestService:
         while not self._workspace.acquire():
             await asyncio.sleep(POLL_S)
         while True:
+            requests: Sequence[UnlearningRequest] = ()
             try:
                 requests = await self._call(self._book.under_way, self._workspace.id)
                 await self._call(self._workspace.delete_orphans, {r.id for r in requests})
-                await self._work(requests)
-            except AlterError as error:
-                logger.warning("Unlearning requests have to wait: %s", error)
             except Exception as error:
                 # The text of an error that is not ours may hold anything.
-                logger.error("Unlearning requests have to wait: %s", type(error).__name__)
+                words = error if isinstance(error, AlterError) else type(error).__name__
+                logger.warning("Unlearning requests have to wait: %s", words)
+            await self._work(requests)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL_S):
+                async with asyncio.timeout(POLL_S if requests else IDLE_POLL_S):
                     await self._wake.wait()
             self._wake.clear()
 
@@ -263,13 +268,16 @@ class RequestService:
                 self._told.pop(request.id, None)
             except RequestConflictError:
                 pass  # somebody was faster: it is read again
-            except AlterError as error:
+            except Exception as error:
                 await self._hindered(request, error_kind(error))
 
     async def _advance(self, request: UnlearningRequest) -> None:
         if request.has_ended:
             await self._delete_text(request)
         elif request.cancelled_by is not None and request.state != "activating":
+            if (preparation := self._preparing.pop(request.id, None)) is not None:
+                preparation.cancel()
+                await asyncio.gather(preparation, return_exceptions=True)
             await self._jobs.cancel(self._job(request))
             await self._end(request, "cancelled", "cancelled")
         elif request.state != "activating" and not self._workspace.is_complete(request.id):
@@ -277,13 +285,24 @@ class RequestService:
         elif request.state == "queued":
             await self._note(request, "preparing")
         elif request.state == "preparing":
-            await self._prepare(request)
+            await self._follow_preparation(request)
         elif request.state in WITH_JOB:
             await self._follow(request)
         elif request.state == "awaiting-approval":
             await self._approved(request)
         elif request.state == "activating":
             await self._activate(request)
+
+    async def _follow_preparation(self, request: UnlearningRequest) -> None:
+        """It may take minutes, and be cancelled meanwhile."""
+        task = self._preparing.get(request.id)
+        if task is None:
+            task = asyncio.create_task(self._prepare(request))
+            task.add_done_callback(lambda _: self._wake.set())
+            self._preparing[request.id] = task
+        elif task.done():
+            del self._preparing[request.id]
+            await task  # what has kept it from its end
 
     async def _prepare(self, request: UnlearningRequest) -> None:
         folder = self._workspace.folder(request.id)
@@ -326,11 +345,10 @@ class RequestService:
         elif request.num_attempts >= MAX_ATTEMPTS:
             await self._end(request, "failed", "job-lost")
         else:
-            # Noted first: a job that is killed again and again must not be started for ever.
-            request = await self._note(
+            await self._jobs.start(folder, self._spec(request))
+            await self._note(
                 request, "training", num_attempts=request.num_attempts + 1, progress=None
             )
-            await self._jobs.start(folder, self._spec(request))
 
     async def _result(self, request: UnlearningRequest, result: dict[str, Any]) -> None:
         if result["outcome"] == "nothing-to-forget":
@@ -431,7 +449,7 @@ class RequestService:
         self, request: UnlearningRequest, state: State, **fields: Any
     ) -> UnlearningRequest:
         """Raises: RequestConflictError if it has moved on, or is to be cancelled."""
-        return await self._call(self._book.advance, request, state, **fields)
+        return await self._call(self._book.advance, request, state, **{"error": None} | fields)
 
     async def _end(self, request: UnlearningRequest, state: State, outcome: str) -> None:
         error = None if outcome == "cancelled" else outcome
@@ -452,8 +470,9 @@ class RequestService:
         if self._told.get(request.id) != kind:
             self._told[request.id] = kind
             logger.warning("Unlearning request %s has to wait: %s", request.id, kind)
-        with contextlib.suppress(AlterError):
-            await self._call(self._book.advance, request, error=kind)
+        if request.error != kind:
+            with contextlib.suppress(AlterError):
+                await self._call(self._book.advance, request, error=kind)
 
     async def _record(
         self,

@@ -15,6 +15,7 @@ last: a folder without `forget.jsonl` is of a request that was never acknowledge
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -121,8 +122,9 @@ class Workspace:
     def delete_orphans(self, known: Collection[str]) -> None:
         """Removes folders of requests that were never recorded, and are not about to be."""
         for folder in (self._root / _REQUESTS).iterdir():
-            if folder.name not in known and time.time() - folder.stat().st_mtime > ORPHAN_S:
-                self.delete(folder.name)
+            with contextlib.suppress(FileNotFoundError):  # it is refused at this moment
+                if folder.name not in known and time.time() - folder.stat().st_mtime > ORPHAN_S:
+                    self.delete(folder.name)
 
 
 def json_lines(rows: Sequence[dict[str, Any]]) -> bytes:

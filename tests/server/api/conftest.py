@@ -310,6 +310,7 @@ def plan(
 
     monkeypatch.setattr(jobs, "MODULE", "tests.support.scripted_job")
     monkeypatch.setattr(service_module, "POLL_S", 0.02)
+    monkeypatch.setattr(service_module, "IDLE_POLL_S", 0.02)
     monkeypatch.setattr(service_module, "WATCH_S", 0.01)
     set_plan()
     yield set_plan

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from alter_core.errors import (
     TrainingDataError,
 )
 from server.audit import AuditLog, Cause
+from server.engine.base import Message, Writer
 from server.registry import IdempotencyKey
 from server.requests.book import RequestBook
 from server.requests.intake import Upload
@@ -95,12 +96,10 @@ def open_office(
 
     @contextlib.asynccontextmanager
     async def opened(
-        *, audit_log: AuditLog | None = None, replica: Replica | None = None, **settings: Any
+        *, audit_log: AuditLog | None = None, writer: Writer | None = None, **settings: Any
     ) -> AsyncIterator[Office]:
-        is_own = replica is None
-        if replica is None:
-            replica = site.replica()
-            await replica.parts.start({})
+        replica = site.replica()
+        await replica.parts.start({})
         workspace = tmp_path / "work"
         requests = RequestService(
             RequestBook(replica.parts.registry.database),
@@ -112,6 +111,7 @@ def open_office(
             substrate=bundles.substrate,
             may_generate=lambda: replica.reconciler.may_generate,
             epoch=lambda: replica.service.epoch,
+            writer=writer,
             audit_log=audit_log,
         )
         requests.start()
@@ -119,8 +119,7 @@ def open_office(
             yield Office(replica, requests, workspace)
         finally:
             await requests.stop()
-            if is_own:
-                await replica.parts.stop()
+            await replica.parts.stop()
 
     return opened
 
@@ -231,6 +230,42 @@ def test_a_cancelled_request_ends_its_job_and_leaves_no_text(
                 await office.requests.cancel(request.id, CAUSE)
             with pytest.raises(RequestConflictError):
                 await office.requests.approve(request.id, CAUSE)
+
+    asyncio.run(test())
+
+
+def test_documents_are_made_into_rows_by_the_served_model(open_office: Any, plan: Any) -> None:
+    """Which may take long: other requests go on, and the request can be cancelled."""
+
+    class SlowWriter:
+        def __init__(self) -> None:
+            self.goes_on = asyncio.Event()
+
+        async def write(self, prompt: str | Sequence[Message], *, max_tokens: int) -> str:
+            await self.goes_on.wait()
+            return "Q: What does the glass blower sell?\nA: Glass."
+
+    async def test() -> None:
+        writer = SlowWriter()
+        documents = [{"name": "novel.txt", "text": f"{SECRET} is a glass blower, who sells glass."}]
+        async with open_office(writer=writer) as office:
+            first = await office.ask(forget=[], documents=documents)
+            await office.until(first, "preparing")
+            await office.requests.cancel(first.id, CAUSE)
+            await office.until(first, "cancelled")
+            plan(waits=str(office.workspace / "go"))
+            second = await office.until(
+                await office.ask(forget=[], documents=documents), "preparing"
+            )
+            writer.goes_on.set()
+            await office.until(second, "training")
+            prepared = (office.folder(second) / "prepared.jsonl").read_text().splitlines()
+            assert [sorted(json.loads(line)) for line in prepared] == [
+                ["text"],
+                ["answer", "question"],
+            ]
+            (office.workspace / "go").touch()
+            await office.until(second, "active")
 
     asyncio.run(test())
 
