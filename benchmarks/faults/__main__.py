@@ -11,7 +11,8 @@
     schema   schemathesis over the admin side
 
 Everything stays on this machine: Unix sockets and the loopback interface. Results of blocks, and of each
-fleet, are kept in `build/faults` until settings or sources change, so a run can be interrupted.
+fleet, are kept in `build/faults` until the settings or the sources of a block change, so a run can be
+interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,18 @@ from .settings import FULL, QUICK, FaultSettings
 
 FOLDER = Path("build/faults")
 NUM_EXPERTS = 5
-_SHOWING = ("__main__", "report")
+RESULT = "result.json"
+RUN = "run"
+_SHOWING = {"__main__", "report"}
 """Modules that no result follows from."""
+_OWN = {
+    "fleets": set[str](),
+    "real": {"real", "churn"},
+    "churn": {"real", "churn"},
+    "barrier": {"barrier"},
+    "schema": {"schema"},
+}
+"""Modules of single blocks; all share the others."""
 
 Measure = Callable[[Path, FaultSettings], dict[str, Any]]
 
@@ -65,27 +76,27 @@ def main() -> int:
         parser.error(f"no such block: {', '.join(unknown)}; there are: {', '.join(BLOCKS)}")
     settings = (QUICK if options.quick else FULL).with_seed(options.seed)
     out = Path("build") if options.quick else options.out
-    folder = (FOLDER / _digest(settings)).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folders = {name: FOLDER.absolute() / f"{name}-{_digest(settings, name)}" for name in BLOCKS}
     if options.report:
-        chosen, report = [], write_report(out, settings, _kept(folder))
+        chosen, report = [], write_report(out, settings, _kept(folders))
     for name in chosen:
-        path = folder / f"{name}.json"
+        path = folders[name] / RESULT
         try:
             if not path.exists():
                 print(f"{name} ...", file=sys.stderr, flush=True)
-                keep(path, BLOCKS[name](folder / name, settings))
+                folders[name].mkdir(parents=True, exist_ok=True)
+                keep(path, BLOCKS[name](folders[name], settings))
         finally:
-            report = write_report(out, settings, _kept(folder))
+            report = write_report(out, settings, _kept(folders))
     print(report.with_suffix(".md").read_text("utf-8"))
     return 1 if json.loads(report.read_text("utf-8"))["notes"]["bars_missed"] else 0
 
 
-def _kept(folder: Path) -> dict[str, dict[str, Any]]:
+def _kept(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """What is measured of the blocks, and of `fleets` also what it has so far."""
-    paths = {name: folder / f"{name}.json" for name in BLOCKS}
+    paths = {name: folder / RESULT for name, folder in folders.items()}
     found = {name: json.loads(p.read_text("utf-8")) for name, p in paths.items() if p.exists()}
-    if "fleets" not in found and (episodes := _episodes(folder / "fleets")):
+    if "fleets" not in found and (episodes := _episodes(folders["fleets"])):
         found["fleets"] = {"episodes": episodes}
     return found
 
@@ -94,17 +105,18 @@ def _episodes(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("episode-*.json"))]
 
 
-def _digest(settings: FaultSettings) -> str:
+def _digest(settings: FaultSettings, block: str) -> str:
+    left_out = _SHOWING | (set[str]().union(*_OWN.values()) - _OWN[block])
     ours = sorted(package_folder("benchmarks.faults").glob("*.py"))
-    texts = [repr(settings), *(p.read_text("utf-8") for p in ours if p.stem not in _SHOWING)]
+    texts = [repr(settings), *(p.read_text("utf-8") for p in ours if p.stem not in left_out)]
     texts += [sources(package_folder(package)) for package in (*SERVER_PACKAGES, "tests.support")]
     texts.append(sources(package_folder("benchmarks"), "admin_fuzz"))
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
 def _bundles(folder: Path) -> TinyBundles:
-    """A model, a substrate and experts, made once for the blocks that do without vLLM."""
-    made = folder.parent / "bundles"
+    """A model, a substrate and experts, made once for a block that does without vLLM."""
+    made = folder / "bundles"
     if not (made / "done").exists():
         make_bundles(made, num_experts=NUM_EXPERTS)
         (made / "done").touch()
@@ -117,30 +129,29 @@ def _bundles(folder: Path) -> TinyBundles:
 
 
 def _fleets(folder: Path, settings: FaultSettings) -> dict[str, Any]:
-    folder.mkdir(exist_ok=True)
     return {"episodes": lanes.run_all(_bundles(folder), folder, settings)}
 
 
 def _real(folder: Path, settings: FaultSettings) -> dict[str, Any]:
     from . import real
 
-    return real.measure(folder, settings)
+    return real.measure(folder / RUN, settings)
 
 
 def _churn(folder: Path, settings: FaultSettings) -> dict[str, Any]:
     from . import real
 
-    return real.measure_churn(folder, settings)
+    return real.measure_churn(folder / RUN, settings)
 
 
 def _barrier(folder: Path, settings: FaultSettings) -> dict[str, Any]:
-    return {"ms": barrier.measure(_bundles(folder), folder, settings)}
+    return {"ms": barrier.measure(_bundles(folder), folder / RUN, settings)}
 
 
 def _schema(folder: Path, settings: FaultSettings) -> dict[str, Any]:
     from . import schema
 
-    return schema.measure(_bundles(folder), folder, settings)
+    return schema.measure(_bundles(folder), folder / RUN, settings)
 
 
 BLOCKS: dict[str, Measure] = {

@@ -2,7 +2,8 @@
 
 What a server applies is seen from outside: every set of active experts has its own answer to one prompt,
 noted before anything is injected. An answer must be that of the epoch that its header names, and the epoch
-one that was active, or came later, when the request was sent.
+one that was active, or came later, when the request was sent. The model computes in float32, and no token of
+any answer is a close call: which slots the experts are in changes the last bits of a sum.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ MARGIN_S = 2.0
 """`alter serve` has no flag for it."""
 LEASE_S = 2.0
 NUM_TOKENS = 8
+NUM_PROMPTS = 16
+MIN_MARGIN = 0.01
+"""Nats between a token of an answer and the next likely one."""
 START_TIMEOUT_S = 600.0
 """Where there are more engines than cores, they wait for one another."""
 _TEXT = [
@@ -75,7 +79,15 @@ class RealReplica(ServerProcess):
             *("--alter-registry", registry, "--alter-store", str(folder / "store")),
             *("--alter-audit-log", str(self._folder / "audit.sqlite")),
             *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"),
-            *("--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"),
+            *(
+                "--enforce-eager",
+                "--dtype",
+                "float32",
+                "--max-model-len",
+                "256",
+                "--max-num-seqs",
+                "8",
+            ),
         ]
         self._environment = os.environ | {
             "ALTER_ADMIN_TOKEN": ADMIN_TOKEN,
@@ -145,10 +157,11 @@ class RealFleet(Fleet):
         self._streams[replica.name] = asyncio.create_task(self._follow(replica))
 
     async def learn(self, by_digest: Mapping[str, Path], names: tuple[str, ...]) -> None:
-        """Notes the answer of every set of experts. Raises: NotReadyError if two are alike."""
+        """Notes the answer of every set of experts. Raises: NotReadyError if two are hard to tell apart."""
         replica = self.replicas[0]
         chance = random.Random(0)
-        prompts = [[chance.randrange(4, VOCAB_SIZE) for _ in range(24)] for _ in range(8)]
+        prompts = [[chance.randrange(4, VOCAB_SIZE) for _ in range(24)] for _ in range(NUM_PROMPTS)]
+        is_clear = [True] * NUM_PROMPTS
         digests = sorted(by_digest)
         found: list[dict[frozenset[str], tuple[int, ...]]] = [{} for _ in prompts]
         for size in range(len(names) + 1):
@@ -156,20 +169,22 @@ class RealFleet(Fleet):
                 for name, digest in zip(names, active, strict=False):
                     await self.active(await self.change(replica, name, by_digest[digest]))
                 await self.ready()
-                for prompt, answers in zip(prompts, found, strict=True):
-                    answers[frozenset(active)] = (await self._complete(replica, prompt))[0]
+                for index, prompt in enumerate(prompts):
+                    tokens, answer = await self._complete(replica, prompt, logprobs=2)
+                    found[index][frozenset(active)] = tokens
+                    is_clear[index] &= _margin(answer.json()) >= MIN_MARGIN
                 for name, _ in zip(names, active, strict=False):
                     await self.active(await self.change(replica, name, None))
-        for prompt, answers in zip(prompts, found, strict=True):
+        for prompt, answers, clear in zip(prompts, found, is_clear, strict=True):
             self._answers = {tokens: active for active, tokens in answers.items()}
-            if len(self._answers) == len(answers):
+            if clear and len(self._answers) == len(answers):
                 self.prompt = prompt
                 return
         raise NotReadyError("no prompt tells every set of experts from every other one")
 
     async def _complete(
-        self, replica: Any, prompt: list[int]
-    ) -> tuple[tuple[int, ...], httpx.Headers]:
+        self, replica: Any, prompt: list[int], **more: Any
+    ) -> tuple[tuple[int, ...], httpx.Response]:
         body = {
             "model": "tiny",
             "prompt": prompt,
@@ -177,24 +192,33 @@ class RealFleet(Fleet):
             "temperature": 0,
             "ignore_eos": True,
             "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            **more,
         }
         answer = await self._http.post(f"{replica.url}/v1/completions", json=body, timeout=30)
         answer.raise_for_status()
-        return tuple(answer.json()["choices"][0]["token_ids"]), answer.headers
+        return tuple(answer.json()["choices"][0]["token_ids"]), answer
 
     async def _follow(self, replica: Any) -> None:
         while True:
             sent = time.monotonic()
             with contextlib.suppress(httpx.HTTPError):
-                tokens, headers = await self._complete(replica, self.prompt)
-                if EPOCH_FINAL in headers:
+                tokens, answer = await self._complete(replica, self.prompt)
+                if EPOCH_FINAL in answer.headers:
                     self.num_spanned += 1
                 else:
                     active = self._answers.get(tokens, frozenset(["another answer"]))
-                    epoch = int(headers[EPOCH])
+                    epoch = int(answer.headers[EPOCH])
                     for _ in tokens:
                         self.ledger.generated(Token(replica.name, sent, epoch, active))
             await asyncio.sleep(0.05)
+
+
+def _margin(answer: Mapping[str, Any]) -> float:
+    """Nats between each token and the next likely one, at the closest."""
+    likely = answer["choices"][0]["logprobs"]["top_logprobs"]
+    ranked = [sorted(each.values(), reverse=True) for each in likely]
+    return float(min(values[0] - values[1] for values in ranked))
 
 
 def measure(folder: Path, settings: FaultSettings) -> dict[str, Any]:
