@@ -196,6 +196,7 @@ class DomainService:
             raise
         await self._record_start(cause, "done")
         self._canary = canary
+        self._metrics.set_canary(canary)
 
     async def apply(self, change: Change, bundle: Path | None) -> SwitchReport:
         """Makes the change that follows the applied epoch, as one linearizable switch. `bundle` is the
@@ -346,6 +347,7 @@ class DomainService:
         try:
             report = await self._run_switch(switch)
         except Exception as error:
+            self._metrics.count_switch_failure()
             failure = (switch.epoch, error_kind(error))
             if failure != self._recorded_failure:  # it is tried again and again
                 await self._record_apply(switch, epoch_before, "failed", failure[1])

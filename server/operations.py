@@ -22,12 +22,15 @@ from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from prometheus_client import CollectorRegistry
+
 from alter_core.bundle import Bundle
 from alter_core.errors import (
     AuditError,
     BundleFormatError,
     DomainNotFoundError,
     EpochConflictError,
+    RegistryMismatchError,
     RegistryUnavailableError,
 )
 from alter_core.substrate import ForgetExpert, Substrate
@@ -36,6 +39,7 @@ from server.audit import AuditEntry, AuditLog, Cause
 from server.domain_rules import Precondition, check_domain_name, is_domain_name
 from server.domains import error_kind
 from server.engine.base import InFlight
+from server.metrics import AlterMetrics
 from server.reconciler import Reconciler
 from server.registry import (
     Appended,
@@ -145,6 +149,7 @@ class OperationService:
         substrate: Substrate,
         *,
         audit_log: AuditLog | None = None,
+        metrics: AlterMetrics | None = None,
     ) -> None:
         """`audit_log` None records nothing: for tests."""
         self._registry = registry
@@ -152,6 +157,7 @@ class OperationService:
         self._reconciler = reconciler
         self._substrate = substrate
         self._audit_log = audit_log
+        self._metrics = metrics or AlterMetrics(CollectorRegistry())
 
     async def ensure(self, domains: Mapping[str, Path]) -> None:
         """Records what a server was started with, where that is not the case already.
@@ -399,13 +405,18 @@ class OperationService:
 
         async def run() -> Operation:
             try:
-                return await change
-            except AuditError:
-                raise
+                operation = await change
             except Exception as error:
                 outcome: audit.Outcome = "failed" if attempt.has_begun else "refused"
-                await asyncio.to_thread(self._record, attempt, outcome, error)
+                self._metrics.count_operation(attempt.action, outcome)
+                if isinstance(error, RegistryUnavailableError | RegistryMismatchError):
+                    self._metrics.count_registry_error(error)
+                if not isinstance(error, AuditError):
+                    await asyncio.to_thread(self._record, attempt, outcome, error)
                 raise
+            what = "replayed" if operation.is_replayed else operation.outcome
+            self._metrics.count_operation(attempt.action, what)
+            return operation
 
         return await asyncio.shield(asyncio.create_task(run()))
 

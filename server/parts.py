@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
+
+from prometheus_client import CollectorRegistry
 
 from alter_core.substrate import Substrate, max_expert_bytes
 from server.audit import AuditLog
 from server.domains import DomainService
 from server.engine.base import ForgetEngine
 from server.lease import Clock, boot_clock
-from server.metrics import AlterMetrics
+from server.metrics import AlterMetrics, ServerState
 from server.operations import OperationService
 from server.reconciler import Reconciler
 from server.registry import BundleStore, Deployment, Registry
@@ -26,6 +29,9 @@ class Parts:
     registry: Registry
     reconciler: Reconciler
     operations: OperationService
+    metrics: AlterMetrics
+    audit_log: AuditLog | None
+    """None: nothing is recorded; for tests."""
 
     @classmethod
     def over(
@@ -42,12 +48,42 @@ class Parts:
         clock: Clock = boot_clock,
     ) -> Parts:
         """A server over an engine that nobody else switches. To be used on the running event loop."""
+        metrics = metrics or AlterMetrics(CollectorRegistry())
+        metrics.set_info(
+            version=importlib.metadata.version("alter-server"), substrate=str(substrate.digest)
+        )
+        if audit_log is not None:
+            audit_log.on_failure.append(metrics.count_audit_failure)
         service = DomainService(
             engine, substrate, max_domains, metrics=metrics, audit_log=audit_log
         )
-        reconciler = Reconciler(service, registry, store, cache, clock=clock)
-        operations = OperationService(registry, store, reconciler, substrate, audit_log=audit_log)
-        return cls(service=service, registry=registry, reconciler=reconciler, operations=operations)
+        reconciler = Reconciler(service, registry, store, cache, metrics=metrics, clock=clock)
+        operations = OperationService(
+            registry, store, reconciler, substrate, audit_log=audit_log, metrics=metrics
+        )
+        return cls(
+            service=service,
+            registry=registry,
+            reconciler=reconciler,
+            operations=operations,
+            metrics=metrics,
+            audit_log=audit_log,
+        )
+
+    async def observe(self) -> None:
+        """Brings the metrics up to date, for a scrape. Never raises."""
+        await self.service.collect_routed_tokens()
+        self.metrics.set_server(
+            ServerState(
+                desired_epoch=self.reconciler.head,
+                is_ready=self.reconciler.is_ready,
+                is_trusted=self.service.is_trusted,
+                is_registry_up=self.reconciler.is_registry_up,
+                lease_left_s=self.reconciler.lease_left_s,
+                lease_s=self.registry.lease_s,
+                num_owed=0 if self.audit_log is None else self.audit_log.num_owed,
+            )
+        )
 
     async def start(self, domains: Mapping[str, Path]) -> None:
         """Proves the engine, records `domains`, applies what is to be active, and goes on doing so.

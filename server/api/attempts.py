@@ -92,6 +92,8 @@ class AttemptMiddleware:
 
     async def _record(self, attempt: Attempt, action: Action, name: str | None, kind: str) -> None:
         """Raises: AuditError."""
+        if self._runtime.parts is not None:
+            self._runtime.parts.metrics.count_operation(action, "refused")
         if self._runtime.audit is None:
             return
         entry = AuditEntry(
