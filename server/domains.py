@@ -42,6 +42,7 @@ from server.engine.base import (
     SwitchReport,
     TracedToken,
 )
+from server.logs import log_context
 from server.metrics import RETAIN, AlterMetrics, RoutedTokenLedger, TokenCount
 from server.registry import Change, DesiredState
 
@@ -343,6 +344,10 @@ class DomainService:
         )
 
     async def _switch(self, switch: _Switch) -> SwitchReport:
+        with log_context(request_id=switch.cause.request_id, epoch=switch.epoch):
+            return await self._switch_and_record(switch)
+
+    async def _switch_and_record(self, switch: _Switch) -> SwitchReport:
         epoch_before = self._epoch
         try:
             report = await self._run_switch(switch)

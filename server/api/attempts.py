@@ -1,7 +1,7 @@
 """What becomes of a request that wants to change something, also if it never gets to the service.
 
-Every request of somebody who is known gets an id. If a change is refused by role, header or body, that is
-recorded here; from `hand_over` on, the service records.
+If a change is refused by role, header or body, that is recorded here; from `hand_over` on, the service
+records.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import uuid
 from http import HTTPStatus
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,11 +22,9 @@ from server.tokens import Principal
 
 from .middleware import route_path
 from .problems import TYPE_PREFIX, problem_of, problem_response
+from .request_ids import REQUEST_ID, request_id_of
 from .runtime import AlterRuntime
 
-REQUEST_ID = "x-request-id"
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _PATH = re.compile(r"/forget-domains(?:/(?P<name>[^/]*))?")
 _ACTIONS: dict[str, Action] = {"POST": "activate", "DELETE": "revoke"}
 
@@ -60,7 +57,7 @@ class AttemptMiddleware:
         self._runtime = runtime
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        attempt = Attempt(scope["state"]["principal"], _request_id(Headers(scope=scope)))
+        attempt = Attempt(scope["state"]["principal"], request_id_of(scope))
         action, name = _change(scope)
         held: Message | None = None
 
@@ -109,12 +106,6 @@ class AttemptMiddleware:
             error=kind,
         )
         await asyncio.to_thread(self._runtime.audit.append, entry)
-
-
-def _request_id(headers: Headers) -> str:
-    """The client's own id if it is a plain one, else a new one."""
-    given = headers.get(REQUEST_ID, "")
-    return given if _REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
 
 
 def _change(scope: Scope) -> tuple[Action | None, str | None]:
