@@ -138,7 +138,7 @@ def serve_command(
         Path | None,
         typer.Option(
             "--alter-registry-password-file",
-            help="File with the password of the registry's PostgreSQL user, who stands in the URL without one. "
+            help="File with the password of the PostgreSQL user whom the registry's URL names. "
             "Environment: ALTER_REGISTRY_PASSWORD_FILE.",
         ),
     ] = None,

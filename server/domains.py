@@ -45,6 +45,7 @@ from server.engine.base import (
 from server.logs import log_context
 from server.metrics import RETAIN, AlterMetrics, RoutedTokenLedger, TokenCount
 from server.registry import Change, DesiredState
+from server.tracing import NO_TRACING, Attribute, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class DomainService:
         *,
         metrics: AlterMetrics | None = None,
         audit_log: AuditLog | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """`audit_log` None records nothing: for tests, and for engines that serve nobody."""
         self._engine = engine
@@ -132,6 +134,7 @@ class DomainService:
         self._max_domains = max_domains
         self._audit_log = audit_log
         self._metrics = metrics or AlterMetrics(CollectorRegistry())
+        self._tracing = tracing
         self._ledger = RoutedTokenLedger(self._metrics)
         self._domains: Mapping[int, ActiveDomain] = {}
         self._epoch = 0
@@ -344,8 +347,26 @@ class DomainService:
         )
 
     async def _switch(self, switch: _Switch) -> SwitchReport:
-        with log_context(request_id=switch.cause.request_id, epoch=switch.epoch):
-            return await self._switch_and_record(switch)
+        attributes: dict[str, Attribute] = {
+            "request_id": switch.cause.request_id,
+            "domain": switch.name,
+            "digest": None if switch.domain is None else switch.domain.digest,
+            "epoch": switch.epoch,
+            "slot": switch.slot,
+        }
+        with (
+            log_context(request_id=switch.cause.request_id, epoch=switch.epoch),
+            self._tracing.span("switch", **attributes) as span,
+        ):
+            report = await self._switch_and_record(switch)
+            span.set(
+                stage_s=report.stage_s,
+                pause_s=report.pause_s,
+                kept_requests=report.kept_requests,
+                recomputed_requests=report.recomputed_requests,
+                recomputed_tokens=report.recomputed_tokens,
+            )
+        return report
 
     async def _switch_and_record(self, switch: _Switch) -> SwitchReport:
         epoch_before = self._epoch

@@ -64,7 +64,7 @@ def log_context(*, request_id: str | None, epoch: int | None) -> Iterator[None]:
 
 
 class JsonFormatter(BaseJsonFormatter):
-    """Takes from a record what the module lists. Further attributes, which may hold anything, are left out."""
+    """Takes from a record what the module lists, and no further attributes: they may hold anything."""
 
     def add_fields(
         self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]

@@ -78,7 +78,8 @@ class AlterMetrics:
         )
         self._lease_s = gauge("alter_lease_duration_seconds", "What a lease is granted for")
         self._owed_records = gauge(
-            "alter_audit_records_owed", "Audit records of what has happened that are not written yet"
+            "alter_audit_records_owed",
+            "Audit records of what has happened that are not written yet",
         )
         self._canary_change = gauge(
             "alter_canary_min_logit_change_nats",

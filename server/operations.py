@@ -51,6 +51,7 @@ from server.registry import (
     Replica,
 )
 from server.registry.records import Action
+from server.tracing import NO_TRACING, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,7 @@ class OperationService:
         *,
         audit_log: AuditLog | None = None,
         metrics: AlterMetrics | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """`audit_log` None records nothing: for tests."""
         self._registry = registry
@@ -158,6 +160,7 @@ class OperationService:
         self._substrate = substrate
         self._audit_log = audit_log
         self._metrics = metrics or AlterMetrics(CollectorRegistry())
+        self._tracing = tracing
 
     async def ensure(self, domains: Mapping[str, Path]) -> None:
         """Records what a server was started with, where that is not the case already.
@@ -404,19 +407,27 @@ class OperationService:
         """Runs it to its end, even if the caller is cancelled. A refusal is recorded."""
 
         async def run() -> Operation:
-            try:
-                operation = await change
-            except Exception as error:
-                outcome: audit.Outcome = "failed" if attempt.has_begun else "refused"
-                self._metrics.count_operation(attempt.action, outcome)
-                if isinstance(error, RegistryUnavailableError | RegistryMismatchError):
-                    self._metrics.count_registry_error(error)
-                if not isinstance(error, AuditError):
-                    await asyncio.to_thread(self._record, attempt, outcome, error)
-                raise
-            what = "replayed" if operation.is_replayed else operation.outcome
-            self._metrics.count_operation(attempt.action, what)
-            return operation
+            with self._tracing.span(attempt.action, request_id=attempt.cause.request_id) as span:
+                try:
+                    operation = await change
+                except Exception as error:
+                    outcome: audit.Outcome = "failed" if attempt.has_begun else "refused"
+                    self._metrics.count_operation(attempt.action, outcome)
+                    span.set(outcome=outcome)
+                    if isinstance(error, RegistryUnavailableError | RegistryMismatchError):
+                        self._metrics.count_registry_error(error)
+                    if not isinstance(error, AuditError):
+                        await asyncio.to_thread(self._record, attempt, outcome, error)
+                    raise
+                what = "replayed" if operation.is_replayed else operation.outcome
+                self._metrics.count_operation(attempt.action, what)
+                span.set(
+                    outcome=what,
+                    domain=operation.change.domain,
+                    digest=operation.change.bundle_digest,
+                    epoch=operation.change.epoch,
+                )
+                return operation
 
         return await asyncio.shield(asyncio.create_task(run()))
 

@@ -19,6 +19,7 @@ from server.operations import OperationService
 from server.reconciler import Reconciler
 from server.registry import BundleStore, Deployment, Registry
 from server.settings import ServeSettings
+from server.tracing import NO_TRACING, Tracing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Parts:
     metrics: AlterMetrics
     audit_log: AuditLog | None
     """None: nothing is recorded; for tests."""
+    tracing: Tracing
 
     @classmethod
     def over(
@@ -45,6 +47,7 @@ class Parts:
         max_domains: int,
         metrics: AlterMetrics | None = None,
         audit_log: AuditLog | None = None,
+        tracing: Tracing = NO_TRACING,
         clock: Clock = boot_clock,
     ) -> Parts:
         """A server over an engine that nobody else switches. To be used on the running event loop."""
@@ -55,11 +58,17 @@ class Parts:
         if audit_log is not None:
             audit_log.on_failure.append(metrics.count_audit_failure)
         service = DomainService(
-            engine, substrate, max_domains, metrics=metrics, audit_log=audit_log
+            engine, substrate, max_domains, metrics=metrics, audit_log=audit_log, tracing=tracing
         )
         reconciler = Reconciler(service, registry, store, cache, metrics=metrics, clock=clock)
         operations = OperationService(
-            registry, store, reconciler, substrate, audit_log=audit_log, metrics=metrics
+            registry,
+            store,
+            reconciler,
+            substrate,
+            audit_log=audit_log,
+            metrics=metrics,
+            tracing=tracing,
         )
         return cls(
             service=service,
@@ -68,6 +77,7 @@ class Parts:
             operations=operations,
             metrics=metrics,
             audit_log=audit_log,
+            tracing=tracing,
         )
 
     async def observe(self) -> None:

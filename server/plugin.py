@@ -17,6 +17,7 @@ from server.metrics import AlterMetrics
 from server.parts import Parts, open_registry, open_store
 from server.settings import ServeSettings
 from server.tokens import TokenStore
+from server.tracing import open_tracing
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -72,6 +73,7 @@ class AlterEndpointPlugin:
             max_domains=settings.max_domains,
             metrics=AlterMetrics(),
             audit_log=audit_log,
+            tracing=open_tracing(getattr(args, "otlp_traces_endpoint", None)),
         )
         state.alter.open(
             parts,

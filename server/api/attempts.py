@@ -11,7 +11,7 @@ import json
 import re
 from http import HTTPStatus
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +19,7 @@ from alter_core.errors import AuditError
 from server.audit import Action, AuditEntry, Cause
 from server.domain_rules import is_domain_name
 from server.tokens import Principal
+from server.tracing import NO_TRACING
 
 from .middleware import route_path
 from .problems import TYPE_PREFIX, problem_of, problem_response
@@ -85,7 +86,9 @@ class AttemptMiddleware:
             await send(message)
 
         scope = {**scope, "state": {**scope["state"], "attempt": attempt}}
-        await self._app(scope, receive, forward)
+        parts = self._runtime.parts
+        with (NO_TRACING if parts is None else parts.tracing).continued(Headers(scope=scope)):
+            await self._app(scope, receive, forward)
 
     async def _record(self, attempt: Attempt, action: Action, name: str | None, kind: str) -> None:
         """Raises: AuditError."""

@@ -1,7 +1,7 @@
 """One id for a request, wherever it is named: logs, the audit log, vLLM's own ids, answers of `/admin`.
 
-Pure ASGI and outermost, so that also what is refused on the way has one. A client's own id is taken over if it
-is a plain one; another one is replaced before anybody reads it.
+Pure ASGI and outermost, so that what is refused on the way has one too. A client's own id is taken over if
+it is a plain one; another one is replaced before anybody reads it.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ from server.reconciler import Reconciler
 from server.registry import BundleStore, ImportPolicy, Registry
 from server.settings import token_digest
 from server.tokens import TokenStore
+from server.tracing import NO_TRACING, Tracing
 from tests.support.tiny import PROVENANCE, TinyBundles, make_bundles, random_expert
 
 MAX_DOMAINS = 3
@@ -213,6 +214,7 @@ class Site:
         engine: InMemoryEngine | None = None,
         audit_log: AuditLog | None = None,
         metrics: AlterMetrics | None = None,
+        tracing: Tracing = NO_TRACING,
         **options: Any,
     ) -> Replica:
         """A server that has not started. To be called on its event loop."""
@@ -226,6 +228,7 @@ class Site:
             max_domains=MAX_DOMAINS,
             audit_log=audit_log,
             metrics=metrics,
+            tracing=tracing,
             clock=clock,
         )
         return Replica(parts, engine, clock)
@@ -323,13 +326,14 @@ def make_stack(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable
         tokens: TokenStore | None = None,
         audit_log: AuditLog | None = None,
         requires_if_match: bool = False,
+        tracing: Tracing = NO_TRACING,
     ) -> Stack:
         steps = [asyncio.Event() for _ in range(num_steps)]
         app = generating_app(steps)
         catch_all = app.router.routes.pop()
         runtime = attach(app)
         app.router.routes.append(catch_all)
-        replica = site.replica(audit_log=audit_log)
+        replica = site.replica(audit_log=audit_log, tracing=tracing)
         runtime.open(
             replica.parts,
             None if token is None else token_digest(token),
