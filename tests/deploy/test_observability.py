@@ -97,7 +97,7 @@ def test_an_expression_names_only_what_is_exported(expression: str) -> None:
     "expression", ["rate(alter_epoch)[", "sum by alter_epoch", '{job="alter"}', "rate(alter_epoch)"]
 )
 def test_what_is_no_expression_is_found(expression: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"\S"):
         metrics_of(expression)
 
 
