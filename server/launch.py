@@ -350,7 +350,7 @@ def _run(args: Namespace) -> None:
 
     configure_logging_from_args(args)
     ours, theirs = logging.getLogger("server"), logging.getLogger("vllm")
-    if not ours.handlers:  # or a configuration file has taken care of it
+    if theirs.handlers and not ours.handlers:  # or a configuration file has taken care of ours
         ours.handlers, ours.propagate = list(theirs.handlers), False
         ours.setLevel(theirs.level)
     uvloop.run(run_server(args))

@@ -200,3 +200,46 @@ def test_every_process_of_vllm_takes_the_file_over(tmp_path: Path) -> None:
         ("uvicorn.access", '1.2.3.4 - "GET /v1/models HTTP/1" 200'),
         ("somebody.else", "else"),
     ]
+
+
+SERVER = """
+import asyncio, httpx, uvicorn
+from fastapi import FastAPI
+from server.api.app import attach
+from server.logs import logging_config
+app = FastAPI()
+@app.get("/version")
+async def version(): return {}
+attach(app)
+config = uvicorn.Config(
+    app, port=0, log_config=logging_config(level="INFO", stream="ext://sys.stdout"), lifespan="off"
+)
+async def main():
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        await client.get("/version", headers={"x-request-id": "case-5"})
+        await client.post("/v1/completions", headers={"x-request-id": "case-6"})
+        await client.get("/version")
+    server.should_exit = True
+    await serving
+asyncio.run(main())
+"""
+
+
+def test_uvicorns_line_of_a_request_has_its_id() -> None:
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", SERVER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    access = [r for r in records if r["logger"] == "uvicorn.access"]
+    assert [r["message"].split(" ", 2)[2] for r in access] == [
+        '"GET /version HTTP/1.1" 200',
+        '"POST /v1/completions HTTP/1.1" 503',
+        '"GET /version HTTP/1.1" 200',
+    ]
+    assert [r["request_id"] for r in access[:2]] == ["case-5", "case-6"]
+    assert len(access[2]["request_id"]) == 36
