@@ -18,6 +18,7 @@ ENV ALTER_VENV=/opt/venv \
     ALTER_EXTRAS="" \
     PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    HOME=/state \
     ALTER_AUDIT_LOG=/state/audit.sqlite \
     HF_HOME=/state/huggingface
 RUN groupadd --gid 10001 alter \
@@ -56,6 +57,7 @@ ENV ALTER_VENV=/opt/venv \
     ALTER_EXTRAS="" \
     PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    HOME=/state \
     ALTER_AUDIT_LOG=/state/audit.sqlite \
     HF_HOME=/state/huggingface
 RUN groupadd --gid 10001 alter \

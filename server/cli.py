@@ -21,6 +21,7 @@ from server.api.models import ForgetDomain, Operation
 from server.audit import AuditLog, Head, read_export, verify_chain
 from server.client import DEFAULT_URL, AdminClient
 from server.engine.base import InFlight, Message
+from server.logs import LogFormat
 from server.registry.registry import DEFAULT_LEASE_S
 from server.requests.settings import RequestFlags
 from server.security import SecurityFlags
@@ -135,6 +136,14 @@ def serve_command(
             "the audit log, one per substrate.",
         ),
     ] = None,
+    registry_password_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--alter-registry-password-file",
+            help="File with the password of the PostgreSQL user whom the registry's URL names. "
+            "Environment: ALTER_REGISTRY_PASSWORD_FILE.",
+        ),
+    ] = None,
     store: Annotated[
         str | None,
         typer.Option(
@@ -158,6 +167,14 @@ def serve_command(
             "--alter-lease-s",
             help=f"Seconds, by default {DEFAULT_LEASE_S:.0f}, that this server may generate without word of "
             "the registry; so long a change waits for a server that is gone. Environment: ALTER_LEASE_S.",
+        ),
+    ] = None,
+    log_format: Annotated[
+        LogFormat | None,
+        typer.Option(
+            "--alter-log-format",
+            help="json: every record of ALTER and of vLLM is one JSON object per line, with request id and "
+            "epoch where they are known. Default text, as vLLM has it. Environment: ALTER_LOG_FORMAT.",
         ),
     ] = None,
     signatures: options.Signatures = None,
@@ -188,9 +205,11 @@ def serve_command(
             tokens_file=tokens_file,
             audit_log=audit_log,
             registry=registry,
+            registry_password_file=registry_password_file,
             store=store,
             require_if_match=require_if_match,
             lease_s=lease_s,
+            log_format=log_format,
             security=SecurityFlags(
                 signatures=signatures,
                 trusted_keys=tuple(trusted_keys or ()),

@@ -42,8 +42,10 @@ from server.engine.base import (
     SwitchReport,
     TracedToken,
 )
+from server.logs import log_context
 from server.metrics import RETAIN, AlterMetrics, RoutedTokenLedger, TokenCount
 from server.registry import Change, DesiredState
+from server.tracing import NO_TRACING, Attribute, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +126,7 @@ class DomainService:
         *,
         metrics: AlterMetrics | None = None,
         audit_log: AuditLog | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """`audit_log` None records nothing: for tests, and for engines that serve nobody."""
         self._engine = engine
@@ -131,6 +134,7 @@ class DomainService:
         self._max_domains = max_domains
         self._audit_log = audit_log
         self._metrics = metrics or AlterMetrics(CollectorRegistry())
+        self._tracing = tracing
         self._ledger = RoutedTokenLedger(self._metrics)
         self._domains: Mapping[int, ActiveDomain] = {}
         self._epoch = 0
@@ -196,6 +200,7 @@ class DomainService:
             raise
         await self._record_start(cause, "done")
         self._canary = canary
+        self._metrics.set_canary(canary)
 
     async def apply(self, change: Change, bundle: Path | None) -> SwitchReport:
         """Makes the change that follows the applied epoch, as one linearizable switch. `bundle` is the
@@ -342,10 +347,33 @@ class DomainService:
         )
 
     async def _switch(self, switch: _Switch) -> SwitchReport:
+        attributes: dict[str, Attribute] = {
+            "request_id": switch.cause.request_id,
+            "domain": switch.name,
+            "digest": None if switch.domain is None else switch.domain.digest,
+            "epoch": switch.epoch,
+            "slot": switch.slot,
+        }
+        with (
+            log_context(request_id=switch.cause.request_id, epoch=switch.epoch),
+            self._tracing.span("switch", **attributes) as span,
+        ):
+            report = await self._switch_and_record(switch)
+            span.set(
+                stage_s=report.stage_s,
+                pause_s=report.pause_s,
+                kept_requests=report.kept_requests,
+                recomputed_requests=report.recomputed_requests,
+                recomputed_tokens=report.recomputed_tokens,
+            )
+        return report
+
+    async def _switch_and_record(self, switch: _Switch) -> SwitchReport:
         epoch_before = self._epoch
         try:
             report = await self._run_switch(switch)
         except Exception as error:
+            self._metrics.count_switch_failure()
             failure = (switch.epoch, error_kind(error))
             if failure != self._recorded_failure:  # it is tried again and again
                 await self._record_apply(switch, epoch_before, "failed", failure[1])

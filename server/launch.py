@@ -33,6 +33,7 @@ from server import memory
 from server.audit import AuditLog
 from server.engine.base import check_servable
 from server.engine.evidence_tables import cache_bytes
+from server.logs import JsonLogs
 from server.parts import open_registry, open_store
 from server.refusals import is_given, refuse_environment, refuse_unproven
 from server.settings import ServeSettings
@@ -59,12 +60,15 @@ def serve(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> None
     EngineError later.
     """
     refuse_environment(os.environ)
+    logs = JsonLogs.begin() if settings.log_format == "json" else None
     prepare_environment(os.environ)
     require_plugin()
     check_records(settings)
     substrate = check_artefacts(Path(model), settings) if is_local(model) else None
     args = parse_vllm_args(model, vllm_args)
     refuse_unproven(args)
+    if logs is not None:
+        logs.follow(args)
     if substrate is None:
         substrate = check_artefacts(fetch_model(args), settings)
     check_memory(args, settings.max_domains, substrate)
@@ -346,6 +350,7 @@ def _run(args: Namespace) -> None:
 
     configure_logging_from_args(args)
     ours, theirs = logging.getLogger("server"), logging.getLogger("vllm")
-    ours.handlers, ours.propagate = list(theirs.handlers), False
-    ours.setLevel(theirs.level)
+    if theirs.handlers and not ours.handlers:  # or a configuration file has taken care of ours
+        ours.handlers, ours.propagate = list(theirs.handlers), False
+        ours.setLevel(theirs.level)
     uvloop.run(run_server(args))

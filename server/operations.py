@@ -22,12 +22,15 @@ from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from prometheus_client import CollectorRegistry
+
 from alter_core.bundle import Bundle
 from alter_core.errors import (
     AuditError,
     BundleFormatError,
     DomainNotFoundError,
     EpochConflictError,
+    RegistryMismatchError,
     RegistryUnavailableError,
 )
 from alter_core.substrate import ForgetExpert, Substrate
@@ -36,6 +39,7 @@ from server.audit import AuditEntry, AuditLog, Cause
 from server.domain_rules import Precondition, check_domain_name, is_domain_name
 from server.domains import error_kind
 from server.engine.base import InFlight
+from server.metrics import AlterMetrics
 from server.reconciler import Reconciler
 from server.registry import (
     Appended,
@@ -47,6 +51,7 @@ from server.registry import (
     Replica,
 )
 from server.registry.records import Action
+from server.tracing import NO_TRACING, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +150,8 @@ class OperationService:
         substrate: Substrate,
         *,
         audit_log: AuditLog | None = None,
+        metrics: AlterMetrics | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """`audit_log` None records nothing: for tests."""
         self._registry = registry
@@ -152,6 +159,8 @@ class OperationService:
         self._reconciler = reconciler
         self._substrate = substrate
         self._audit_log = audit_log
+        self._metrics = metrics or AlterMetrics(CollectorRegistry())
+        self._tracing = tracing
 
     async def ensure(self, domains: Mapping[str, Path]) -> None:
         """Records what a server was started with, where that is not the case already.
@@ -398,14 +407,27 @@ class OperationService:
         """Runs it to its end, even if the caller is cancelled. A refusal is recorded."""
 
         async def run() -> Operation:
-            try:
-                return await change
-            except AuditError:
-                raise
-            except Exception as error:
-                outcome: audit.Outcome = "failed" if attempt.has_begun else "refused"
-                await asyncio.to_thread(self._record, attempt, outcome, error)
-                raise
+            with self._tracing.span(attempt.action, request_id=attempt.cause.request_id) as span:
+                try:
+                    operation = await change
+                except Exception as error:
+                    outcome: audit.Outcome = "failed" if attempt.has_begun else "refused"
+                    self._metrics.count_operation(attempt.action, outcome)
+                    span.set(outcome=outcome)
+                    if isinstance(error, RegistryUnavailableError | RegistryMismatchError):
+                        self._metrics.count_registry_error(error)
+                    if not isinstance(error, AuditError):
+                        await asyncio.to_thread(self._record, attempt, outcome, error)
+                    raise
+                what = "replayed" if operation.is_replayed else operation.outcome
+                self._metrics.count_operation(attempt.action, what)
+                span.set(
+                    outcome=what,
+                    domain=operation.change.domain,
+                    digest=operation.change.bundle_digest,
+                    epoch=operation.change.epoch,
+                )
+                return operation
 
         return await asyncio.shield(asyncio.create_task(run()))
 

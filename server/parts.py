@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from prometheus_client import CollectorRegistry
 
 from alter_core.substrate import Substrate, max_expert_bytes
 from server.audit import AuditLog
 from server.domains import DomainService
 from server.engine.base import ForgetEngine, Writer
 from server.lease import Clock, boot_clock
-from server.metrics import AlterMetrics
+from server.metrics import AlterMetrics, ServerState
 from server.operations import OperationService
 from server.reconciler import Reconciler
 from server.registry import BundleStore, Deployment, Registry
@@ -22,6 +25,7 @@ from server.requests.ray_jobs import RayJobs
 from server.requests.service import RequestService
 from server.requests.workspace import Workspace
 from server.settings import ServeSettings
+from server.tracing import NO_TRACING, Tracing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,10 @@ class Parts:
     registry: Registry
     reconciler: Reconciler
     operations: OperationService
+    metrics: AlterMetrics
+    audit_log: AuditLog | None
+    """None: nothing is recorded; for tests."""
+    tracing: Tracing
 
     @classmethod
     def over(
@@ -46,20 +54,53 @@ class Parts:
         max_domains: int,
         metrics: AlterMetrics | None = None,
         audit_log: AuditLog | None = None,
+        tracing: Tracing = NO_TRACING,
         clock: Clock = boot_clock,
     ) -> Parts:
         """A server over an engine that nobody else switches. To be used on the running event loop."""
-        service = DomainService(
-            engine, substrate, max_domains, metrics=metrics, audit_log=audit_log
+        metrics = metrics or AlterMetrics(CollectorRegistry())
+        metrics.set_info(
+            version=importlib.metadata.version("alter-server"), substrate=str(substrate.digest)
         )
-        reconciler = Reconciler(service, registry, store, cache, clock=clock)
-        operations = OperationService(registry, store, reconciler, substrate, audit_log=audit_log)
+        if audit_log is not None:
+            audit_log.on_failure.append(metrics.count_audit_failure)
+        service = DomainService(
+            engine, substrate, max_domains, metrics=metrics, audit_log=audit_log, tracing=tracing
+        )
+        reconciler = Reconciler(service, registry, store, cache, metrics=metrics, clock=clock)
+        operations = OperationService(
+            registry,
+            store,
+            reconciler,
+            substrate,
+            audit_log=audit_log,
+            metrics=metrics,
+            tracing=tracing,
+        )
         return cls(
             substrate=substrate,
             service=service,
             registry=registry,
             reconciler=reconciler,
             operations=operations,
+            metrics=metrics,
+            audit_log=audit_log,
+            tracing=tracing,
+        )
+
+    async def observe(self) -> None:
+        """Brings the metrics up to date, for a scrape. Never raises."""
+        await self.service.collect_routed_tokens()
+        self.metrics.set_server(
+            ServerState(
+                desired_epoch=self.reconciler.head,
+                is_ready=self.reconciler.is_ready,
+                is_trusted=self.service.is_trusted,
+                is_registry_up=self.reconciler.is_registry_up,
+                lease_left_s=self.reconciler.lease_left_s,
+                lease_s=self.registry.lease_s,
+                num_owed=0 if self.audit_log is None else self.audit_log.num_owed,
+            )
         )
 
     async def start(self, domains: Mapping[str, Path]) -> None:

@@ -18,6 +18,7 @@ from server.metrics import AlterMetrics
 from server.parts import Parts, open_registry, open_store, request_service
 from server.settings import ServeSettings
 from server.tokens import TokenStore
+from server.tracing import open_tracing
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -74,6 +75,7 @@ class AlterEndpointPlugin:
             max_domains=settings.max_domains,
             metrics=AlterMetrics(),
             audit_log=audit_log,
+            tracing=open_tracing(getattr(args, "otlp_traces_endpoint", None)),
         )
         prompts = VllmPrompts(state)
         requests = request_service(

@@ -21,9 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from prometheus_client import CollectorRegistry
+
 from alter_core.errors import AlterError, EngineError, RegistryError, RegistryMismatchError
 from server.domains import DomainService, error_kind
 from server.lease import Clock, HeldLease, boot_clock
+from server.metrics import AlterMetrics
 from server.registry import BundleStore, Heartbeat, Registry
 from server.registry.records import ReplicaState
 
@@ -51,6 +54,7 @@ class Reconciler:
         cache: Path,
         *,
         replica_id: str | None = None,
+        metrics: AlterMetrics | None = None,
         clock: Clock = boot_clock,
     ) -> None:
         """`cache`: folder for bundles of a store that is not on this machine."""
@@ -59,6 +63,7 @@ class Reconciler:
         self._store = store
         self._cache = cache
         self.replica_id = replica_id or new_replica_id()
+        self._metrics = metrics or AlterMetrics(CollectorRegistry())
         self._lease = HeldLease(clock)
         self._head = 0
         self._tried = 0
@@ -108,6 +113,11 @@ class Reconciler:
     def lease_left_s(self) -> float:
         """How long generation is allowed without another word of the registry."""
         return self._lease.left_s
+
+    @property
+    def is_registry_up(self) -> bool:
+        """True if the last report was answered."""
+        return self._told is not None and self._registry_error is None
 
     @property
     def error(self) -> str | None:
@@ -216,7 +226,9 @@ class Reconciler:
             self._lease_came.clear()
             while (left_s := self._lease.left_s) > 0:
                 await asyncio.sleep(left_s)
-            logger.warning("Nothing is generated from now on: %s", self.reason)
+            logger.warning(
+                "Nothing is generated from now on: %s", self.reason, extra={"epoch": self.applied}
+            )
             self._end_generation()
             await self._lease_came.wait()
 
@@ -231,11 +243,18 @@ class Reconciler:
                     await self._restore()
                 self._error = None
             except Exception as error:
+                if isinstance(error, RegistryError):
+                    self._metrics.count_registry_error(error)
                 kind = error_kind(error)
                 if kind != self._error:  # it is tried again and again
                     # The text of an error that is not ours may hold anything.
                     words = error if isinstance(error, AlterError) else type(error).__name__
-                    logger.error("Epoch %d could not be applied: %s", self.head, words)
+                    logger.error(
+                        "Epoch %d could not be applied: %s",
+                        self.head,
+                        words,
+                        extra={"epoch": self.applied},
+                    )
                 self._error = kind
         # Every server would report each change twice, one after the other over the log's lock.
         if not (self.is_ready and self._heartbeat() == self._told):
@@ -278,10 +297,14 @@ class Reconciler:
                 if lease.head < known:
                     raise _lost_changes(known, lease.head)
             except RegistryError as error:
+                self._metrics.count_registry_error(error)
                 if self._registry_error is None:
-                    logger.warning("The lease was not renewed: %s", error)
+                    logger.warning(
+                        "The lease was not renewed: %s", error, extra={"epoch": self.applied}
+                    )
                 self._registry_error = error_kind(error)
             else:
+                self._metrics.observe_heartbeat(self._lease.now() - asked_at)
                 self._told = heartbeat
                 if self._registry_error is not None:
                     self._registry_error = None

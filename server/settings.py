@@ -8,9 +8,11 @@ ALTER_ADMIN_TOKEN_FILE   file that holds it
 ALTER_TOKENS_FILE        file with the tokens that `alter token create` made
 ALTER_AUDIT_LOG          file of the audit log
 ALTER_REGISTRY           URL of the registry's database
+ALTER_REGISTRY_PASSWORD_FILE   file that holds its password
 ALTER_STORE              folder or URL of the bundle store
 ALTER_REQUIRE_IF_MATCH   1: refuse changes that name no epoch
 ALTER_LEASE_S            seconds of generating without word of the registry
+ALTER_LOG_FORMAT         text or json
 ALTER_WORKSPACE, ALTER_RETAIN, ALTER_GENERAL, ALTER_TRAINING_DEVICE and the like: `server.requests.settings`
 ALTER_SIGNATURES, ALTER_TRUSTED_KEYS, ALTER_BUNDLE_SOURCES, ALTER_ADMIN_PORT and the like: `server.security`
 """
@@ -29,6 +31,8 @@ from pydantic_settings import SettingsConfigDict
 
 from alter_core.errors import ConfigError
 from server.domain_rules import check_domain_name
+from server.logs import LogFormat
+from server.registry.database import with_password
 from server.registry.registry import DEFAULT_LEASE_S
 from server.requests.settings import RequestEnvironment, RequestFlags, RequestSettings
 from server.security import Security, SecurityEnvironment, SecurityFlags
@@ -65,6 +69,8 @@ class ServeSettings:
     lease_s: float = DEFAULT_LEASE_S
     """For how long this server may generate without word of the registry, >= MIN_LEASE_S seconds. The fleet
     waits so long, and a margin, for one that is gone."""
+    log_format: LogFormat = "text"
+    """How this server and vLLM log: `json` is one object per line."""
     security: Security = dataclasses.field(default_factory=Security)
     """Signatures, sources of bundles, and the port of /admin."""
     requests: RequestSettings = dataclasses.field(default_factory=RequestSettings)
@@ -126,9 +132,11 @@ class ServeSettings:
         tokens_file: Path | None = None,
         audit_log: Path | None = None,
         registry: str | None = None,
+        registry_password_file: Path | None = None,
         store: str | None = None,
         require_if_match: bool = False,
         lease_s: float | None = None,
+        log_format: LogFormat | None = None,
         security: SecurityFlags | None = None,
         requests: RequestFlags | None = None,
     ) -> ServeSettings:
@@ -154,10 +162,14 @@ class ServeSettings:
             admin_token_sha256=None if token is None else token_digest(token),
             tokens_file=_absolute(tokens_file or environment.tokens_file),
             audit_log=resolve_audit_log(audit_log, environment),
-            registry=registry or environment.registry,
+            registry=_with_password(
+                registry or environment.registry,
+                registry_password_file or environment.registry_password_file,
+            ),
             store=_place(store or environment.store),
             require_if_match=require_if_match or environment.require_if_match,
             lease_s=lease_s if lease_s is not None else environment.lease_s,
+            log_format=log_format or environment.log_format,
             security=Security.build(security or SecurityFlags(), environment, substrate),
             requests=RequestSettings.build(requests or RequestFlags(), environment),
         )
@@ -177,8 +189,10 @@ class Environment(SecurityEnvironment, RequestEnvironment):
     tokens_file: Path | None = None
     audit_log: Path | None = None
     registry: str | None = None
+    registry_password_file: Path | None = None
     store: str | None = None
     require_if_match: bool = False
+    log_format: LogFormat = "text"
     lease_s: float = Field(default=DEFAULT_LEASE_S, ge=MIN_LEASE_S)
 
 
@@ -247,16 +261,41 @@ def token_digest(token: str) -> bytes:
 
 
 def _read_token_file(path: Path) -> str:
+    return _checked_token(_read_secret(path, "admin token"), str(path))
+
+
+def _with_password(url: str | None, password_file: Path | None) -> str | None:
+    """The registry's URL with the password of a file. Raises: ConfigError."""
+    if password_file is None:
+        return url
+    if url is None:
+        raise ConfigError(
+            "A password of the registry is given, but no registry",
+            expected="the URL of a PostgreSQL database",
+            got="none",
+            fix="Set --alter-registry or ALTER_REGISTRY, or unset ALTER_REGISTRY_PASSWORD_FILE.",
+        )
+    password = _read_secret(password_file, "registry password").strip("\r\n")
+    if not password:
+        raise ConfigError(
+            f"The registry password file {password_file} is empty",
+            expected="a password",
+            got="nothing",
+            fix="Write it into the file, or unset ALTER_REGISTRY_PASSWORD_FILE.",
+        )
+    return with_password(url, password)
+
+
+def _read_secret(path: Path, what: str) -> str:
     try:
-        text = path.expanduser().read_text("utf-8")
+        return path.expanduser().read_text("utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"The admin token file {path} cannot be read",
-            expected="a text file that holds the token",
+            f"The {what} file {path} cannot be read",
+            expected=f"a text file that holds the {what}",
             got=getattr(error, "strerror", None) or type(error).__name__,
             fix="Check the path that was given, and the file's permissions.",
         ) from error
-    return _checked_token(text, str(path))
 
 
 def _checked_token(text: str, source: str) -> str:

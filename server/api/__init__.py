@@ -6,7 +6,8 @@ routes       /admin
 models       its bodies
 problems     its errors, RFC 9457
 auth         its bearer tokens and their roles
-attempts     request ids, and refused changes in the audit log
+request_ids  one id for a request
+attempts     refused changes in the audit log
 conditions   ETag, If-Match, If-None-Match
 idempotency  Idempotency-Key
 preferences  Prefer: wait=N

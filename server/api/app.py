@@ -22,6 +22,7 @@ from .closed_routes import closed
 from .health import router as health_router
 from .middleware import EpochMiddleware
 from .problems import add_problem_handlers
+from .request_ids import RequestIdMiddleware
 from .request_routes import router as request_router
 from .routes import router
 from .runtime import AlterRuntime
@@ -47,9 +48,10 @@ def attach(app: FastAPI) -> AlterRuntime:
     ]
     elsewhere = Middleware(_OnServingPort, runtime=runtime)
     app.router.routes.append(_AdminMount(ADMIN, app=admin, middleware=[elsewhere, *guards]))
-    runtime.own_port_app = _own_port_app(admin, guards)
+    runtime.own_port_app = RequestIdMiddleware(_own_port_app(admin, guards), runtime)
     app.include_router(health_router)
     app.add_middleware(EpochMiddleware, runtime=runtime)
+    _identify_requests(app, runtime)
     _close_at_the_end(app, runtime)
     _join_openapi(app, admin, runtime)
     return runtime
@@ -65,6 +67,16 @@ def admin_app(runtime: AlterRuntime) -> FastAPI:
     admin.include_router(request_router)
     add_problem_handlers(admin)
     return admin
+
+
+def _identify_requests(app: FastAPI, runtime: AlterRuntime) -> None:
+    """Puts the ids outside of all middleware, of that too which vLLM adds later."""
+    build = app.build_middleware_stack
+
+    def built() -> ASGIApp:
+        return RequestIdMiddleware(build(), runtime)
+
+    app.build_middleware_stack = built  # type: ignore[method-assign]
 
 
 def _close_at_the_end(app: FastAPI, runtime: AlterRuntime) -> None:

@@ -1,7 +1,7 @@
 """What becomes of a request that wants to change something, also if it never gets to the service.
 
-Every request of somebody who is known gets an id. If a change is refused by role, header or body, that is
-recorded here; from `hand_over` on, the service records.
+If a change is refused by role, header or body, that is recorded here; from `hand_over` on, the service
+records.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import uuid
 from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,14 +19,13 @@ from alter_core.errors import AuditError
 from server.audit import Action, AuditEntry, Cause
 from server.domain_rules import is_domain_name
 from server.tokens import Principal
+from server.tracing import NO_TRACING
 
 from .middleware import route_path
 from .problems import TYPE_PREFIX, problem_of, problem_response
+from .request_ids import REQUEST_ID, request_id_of
 from .runtime import AlterRuntime
 
-REQUEST_ID = "x-request-id"
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _DOMAINS = re.compile(r"/forget-domains(?:/(?P<name>[^/]*))?")
 _ACTIONS: dict[str, Action] = {"POST": "activate", "DELETE": "revoke"}
 _REQUESTS = re.compile(r"/unlearning-requests(?:/[^/]*/(?P<action>approve|cancel))?")
@@ -66,7 +64,7 @@ class AttemptMiddleware:
         self._runtime = runtime
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        attempt = Attempt(scope["state"]["principal"], _request_id(Headers(scope=scope)))
+        attempt = Attempt(scope["state"]["principal"], request_id_of(scope))
         action, name = _change(scope)
         held: Message | None = None
 
@@ -94,10 +92,14 @@ class AttemptMiddleware:
             await send(message)
 
         scope = {**scope, "state": {**scope["state"], "attempt": attempt}}
-        await self._app(scope, receive, forward)
+        parts = self._runtime.parts
+        with (NO_TRACING if parts is None else parts.tracing).continued(Headers(scope=scope)):
+            await self._app(scope, receive, forward)
 
     async def _record(self, attempt: Attempt, action: Action, name: str | None, kind: str) -> None:
         """Raises: AuditError."""
+        if self._runtime.parts is not None:
+            self._runtime.parts.metrics.count_operation(action, "refused")
         if self._runtime.audit is None:
             return
         entry = AuditEntry(
@@ -113,12 +115,6 @@ class AttemptMiddleware:
             error=kind,
         )
         await asyncio.to_thread(self._runtime.audit.append, entry)
-
-
-def _request_id(headers: Headers) -> str:
-    """The client's own id if it is a plain one, else a new one."""
-    given = headers.get(REQUEST_ID, "")
-    return given if _REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
 
 
 def _change(scope: Scope) -> tuple[Action | None, str | None]:

@@ -75,7 +75,7 @@ class EpochMiddleware:
             await closed()(scope, receive, send)
             return
         if path.startswith("/metrics") and self._runtime.parts is not None:
-            await self._runtime.parts.service.collect_routed_tokens()
+            await self._runtime.parts.observe()
         if path in ENGINE_HEALTH and self._runtime.is_sound:
             await self._app(scope, receive, _Answer(self._runtime, send).forward)
         elif not is_always_open(path):
@@ -102,6 +102,12 @@ class EpochMiddleware:
 
     async def _passes(self, scope: Scope, receive: Receive, answer: _Answer) -> bool:
         """Runs the application. False if it was not allowed to begin, or to go on to its end."""
+        is_allowed = await self._run(scope, receive, answer)
+        if not is_allowed and self._runtime.parts is not None:
+            self._runtime.parts.metrics.count_denial("cut" if answer.has_begun else "refused")
+        return is_allowed
+
+    async def _run(self, scope: Scope, receive: Receive, answer: _Answer) -> bool:
         if not self._runtime.is_serving:
             self._runtime.check_trust()
             return False

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import sqlite3
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 from sqlalchemy import (
@@ -77,6 +77,8 @@ class AuditLog:
         self._lock = threading.Lock()
         self._owed: list[AuditEntry] = []
         self._seen = EMPTY
+        self.on_failure: list[Callable[[], None]] = []
+        """Called whenever a record cannot be written, on the thread that would have."""
 
     @classmethod
     def open(cls, path: Path) -> AuditLog:
@@ -119,10 +121,17 @@ class AuditLog:
             except AuditError:
                 if is_owed:
                     self._owed.append(entry)
+                for callback in self.on_failure:
+                    callback()
                 raise
             self._owed.clear()
             self._seen = Head(record.sequence, record.hash)
             return record
+
+    @property
+    def num_owed(self) -> int:
+        """Records of what has happened that are not written yet."""
+        return len(self._owed)
 
     def records(self) -> Generator[AuditRecord]:
         """All records in order. Raises: AuditError."""

@@ -201,6 +201,26 @@ class Listener:
             await connection.close()
 
 
+def with_password(url: str, password: str) -> str:
+    """A PostgreSQL URL with a password in it. Raises: ConfigError."""
+    parsed = _parse(url)
+    if parsed.get_backend_name() != "postgresql":
+        raise ConfigError(
+            "A password is given for a registry that takes none",
+            expected="postgresql://user@host/database",
+            got=parsed.drivername,
+            fix="Remove the password file, or set the URL of a PostgreSQL database.",
+        )
+    if parsed.password is not None or not parsed.username:
+        raise ConfigError(
+            "The registry's URL does not go with a password file",
+            expected="a user, and no password",
+            got="no user" if not parsed.username else "a password in the URL too",
+            fix="Write postgresql://user@host/database.",
+        )
+    return parsed.set(password=password).render_as_string(hide_password=False)
+
+
 def _parse(text: str) -> URL:
     try:
         url = make_url(text)

@@ -115,6 +115,13 @@ def test_it_runs_as_a_numbered_user_without_root(target: Stage) -> None:
     assert target.instructions.index(("USER", target.last("USER"))) > last_run
 
 
+def test_what_it_writes_outside_of_scratch_folders_is_in_a_volume(target: Stage) -> None:
+    """Caches follow HOME; the root file system is read-only where it is deployed."""
+    settings = dict(pair.split("=", 1) for pair in target.last("ENV").split())
+    for name in ("HOME", "HF_HOME", "ALTER_AUDIT_LOG"):
+        assert f"{settings[name]}/".startswith("/state/"), name
+
+
 def test_it_serves_and_checks_health_on_port_8000(target: Stage) -> None:
     assert target.last_list("ENTRYPOINT") == ["alter", "serve"]
     assert target.last("EXPOSE") == "8000"

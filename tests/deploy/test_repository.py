@@ -56,7 +56,13 @@ def test_no_file_names_a_registry_host() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    [".ci/run", "scripts/setup.sh", "scripts/check.sh", "scripts/constraints.sh"],
+    [
+        ".ci/run",
+        "scripts/setup.sh",
+        "scripts/check.sh",
+        "scripts/constraints.sh",
+        "deploy/secrets.sh",
+    ],
 )
 def test_scripts_are_executable_and_parse(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)

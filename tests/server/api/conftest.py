@@ -56,6 +56,7 @@ from server.requests.settings import RequestSettings
 from server.requests.workspace import Workspace
 from server.settings import token_digest
 from server.tokens import TokenStore
+from server.tracing import NO_TRACING, Tracing
 from tests.support.tiny import PROVENANCE, TinyBundles, make_bundles, random_expert
 
 from .request_plans import figures
@@ -225,6 +226,7 @@ class Site:
         engine: InMemoryEngine | None = None,
         audit_log: AuditLog | None = None,
         metrics: AlterMetrics | None = None,
+        tracing: Tracing = NO_TRACING,
         **options: Any,
     ) -> Replica:
         """A server that has not started. To be called on its event loop."""
@@ -238,6 +240,7 @@ class Site:
             max_domains=MAX_DOMAINS,
             audit_log=audit_log,
             metrics=metrics,
+            tracing=tracing,
             clock=clock,
         )
         return Replica(parts, engine, clock)
@@ -358,13 +361,14 @@ def make_stack(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable
         requires_if_match: bool = False,
         requests: RequestSettings | None = None,
         max_upload_bytes: int = 2**20,
+        tracing: Tracing = NO_TRACING,
     ) -> Stack:
         steps = [asyncio.Event() for _ in range(num_steps)]
         app = generating_app(steps)
         catch_all = app.router.routes.pop()
         runtime = attach(app)
         app.router.routes.append(catch_all)
-        replica = site.replica(audit_log=audit_log)
+        replica = site.replica(audit_log=audit_log, tracing=tracing)
         service = None
         if requests is not None:
             service = RequestService(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sqlite3
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -350,6 +352,43 @@ def test_a_refusal_comes_before_the_engine(
     launch.serve(str(bundles.model), settings, ["--max-model-len", "64"])
     assert started[0].alter_settings is settings
     assert (started[0].model, started[0].served_model_name) == (str(bundles.model), None)
+
+
+def test_json_logs_follow_vllms_own_flags(
+    settings: ServeSettings,
+    bundles: TinyBundles,
+    started: list[Namespace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_CONFIG_PATH", "")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    applied: list[dict[str, Any]] = []
+    monkeypatch.setattr("logging.config.dictConfig", applied.append)
+    flags = ["--max-model-len", "64", "--log-level", "WARNING"]
+    flags += ["--disable-access-log-for-endpoints", "/metrics"]
+    launch.serve(str(bundles.model), dataclasses.replace(settings, log_format="json"), flags)
+    [args] = started
+    written = json.loads(Path(os.environ["VLLM_LOGGING_CONFIG_PATH"]).read_text())
+    assert written == applied[-1]
+    assert written["loggers"]["vllm"]["level"] == "WARNING"
+    assert written["filters"]["excluded"]["excluded_paths"] == ["/metrics"]
+
+    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+    from vllm.logger import configure_logging_from_args
+
+    config = configure_logging_from_args(args)
+    assert config.pylogging_config_file == os.environ["VLLM_LOGGING_CONFIG_PATH"]
+    assert get_uvicorn_log_config(args) == written
+    own = ["--logging-config.pylogging_config_file", str(bundles.model / "config.json")]
+    monkeypatch.setenv("VLLM_LOGGING_CONFIG_PATH", "")
+    with pytest.raises(ConfigError, match="Two logging configurations"):
+        launch.serve(str(bundles.model), dataclasses.replace(settings, log_format="json"), own)
+
+
+def test_vllm_has_the_flag_that_switches_tracing_on() -> None:
+    assert parsed().otlp_traces_endpoint is None
+    endpoint = "http://collector:4317"
+    assert parsed("--otlp-traces-endpoint", endpoint).otlp_traces_endpoint == endpoint
 
 
 def test_without_an_audit_log_or_the_tokens_file_nothing_is_started(

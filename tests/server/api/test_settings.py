@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 
 from alter_core.errors import ConfigError, DomainNameError
 from server.settings import (
@@ -89,6 +90,53 @@ def test_a_lease_that_cannot_be_renewed_in_time_is_refused(lease_s: float) -> No
 def test_a_password_in_a_url_is_not_shown() -> None:
     settings = ServeSettings.build(substrate=Path("/s"), registry="postgresql://u:secret@h/d")
     assert "secret" not in repr(settings)
+
+
+def test_the_registry_s_password_comes_from_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("p@ss/word\n")
+    settings = ServeSettings.build(
+        substrate=Path("/s"), registry="postgresql://u@h/d", registry_password_file=secret
+    )
+    assert settings.registry == "postgresql+psycopg://u:p%40ss%2Fword@h/d"
+    assert "word" not in repr(settings)
+    monkeypatch.setenv("ALTER_REGISTRY", "postgresql://u@h/d?sslmode=verify-full")
+    monkeypatch.setenv("ALTER_REGISTRY_PASSWORD_FILE", str(secret))
+    found = make_url(str(ServeSettings.build(substrate=Path("/s")).registry))
+    assert (found.password, found.query) == ("p@ss/word", {"sslmode": "verify-full"})
+
+
+@pytest.mark.parametrize(
+    ("url", "content", "complaint"),
+    [
+        (None, "p", "no registry"),
+        ("sqlite:////r.sqlite", "p", "takes none"),
+        ("postgresql://u:p@h/d", "q", "does not go with"),
+        ("postgresql://h/d", "p", "does not go with"),
+        ("postgresql://u@h/d", "\n", "is empty"),
+        ("postgresql://u@h/d", None, "cannot be read"),
+    ],
+)
+def test_a_password_file_that_cannot_be_used_stops_the_start(
+    tmp_path: Path, url: str | None, content: str | None, complaint: str
+) -> None:
+    secret = tmp_path / "password"
+    if content is not None:
+        secret.write_text(content)
+    with pytest.raises(ConfigError, match=complaint):
+        ServeSettings.build(substrate=Path("/s"), registry=url, registry_password_file=secret)
+
+
+def test_the_log_format_is_text_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ServeSettings.build(substrate=Path("/s")).log_format == "text"
+    monkeypatch.setenv("ALTER_LOG_FORMAT", "json")
+    assert ServeSettings.build(substrate=Path("/s")).log_format == "json"
+    assert ServeSettings.build(substrate=Path("/s"), log_format="text").log_format == "text"
+    monkeypatch.setenv("ALTER_LOG_FORMAT", "xml")
+    with pytest.raises(ConfigError, match="ALTER_LOG_FORMAT"):
+        ServeSettings.build(substrate=Path("/s"))
 
 
 def test_a_user_without_a_home_has_to_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
