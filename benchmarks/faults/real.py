@@ -44,9 +44,9 @@ MARGIN_S = 2.0
 """`alter serve` has no flag for it."""
 LEASE_S = 2.0
 NUM_TOKENS = 8
-NUM_PROMPTS = 16
-MIN_MARGIN = 0.01
-"""Nats between a token of an answer and the next likely one."""
+NUM_PROMPTS = 32
+MIN_MARGIN = 1e-3
+"""Nats between a token of an answer and the next likely one; slots change some 1e-5 of it."""
 START_TIMEOUT_S = 600.0
 """Where there are more engines than cores, they wait for one another."""
 _TEXT = [
