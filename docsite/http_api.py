@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from server.api import models
+from server.api import models, request_models
 from server.api.app import ADMIN, attach
 from server.api.auth import needed_role
 
@@ -71,7 +71,7 @@ def example_of(name: str) -> Any:
 def _models() -> dict[str, type[BaseModel]]:
     return {
         name: member
-        for name, member in vars(models).items()
+        for name, member in (vars(models) | vars(request_models)).items()
         if isinstance(member, type) and issubclass(member, BaseModel)
     }
 

@@ -369,6 +369,7 @@ class DomainService:
         return report
 
     async def _switch_and_record(self, switch: _Switch) -> SwitchReport:
+        self._require_trust()  # or nothing is tried, and nothing is to be recorded
         epoch_before = self._epoch
         try:
             report = await self._run_switch(switch)
@@ -383,7 +384,6 @@ class DomainService:
         return report
 
     async def _run_switch(self, switch: _Switch) -> SwitchReport:
-        self._require_trust()
         await self._collect(COLLECT_TIMEOUT_S)
         self._is_switching = True
         try:

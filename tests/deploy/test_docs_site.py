@@ -149,6 +149,8 @@ def test_every_option_and_variable_that_is_named_exists(texts: dict[str, str]) -
     serve = command_line.root_command().commands["serve"]
     flags = {flag for option in serve.params for flag in option.opts}
     variables = set(environment.named_variables())
+    compose = (ROOT / "deploy" / ".env.example").read_text("utf-8")
+    variables |= set(re.findall(r"^#?(ALTER_[A-Z_]+)=", compose, re.MULTILINE))
     for page, text in texts.items():
         assert set(re.findall(r"--alter-[a-z-]*[a-z]", text)) <= flags, page
         named = set(re.findall(r"\bALTER_[A-Z_]*[A-Z]\b", text))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +138,36 @@ def test_evaluation_through_the_server_agrees_with_the_reference(
         for a, b in zip(f.is_argmax, e.is_argmax, strict=True)
     ]
     assert sum(hits) >= 0.95 * len(hits)
+
+
+def test_an_unlearning_request_is_prepared_by_the_model_and_judged_by_a_job(
+    admin: httpx.Client, server: RunningServer
+) -> None:
+    """The whole way with a real job, up to where it says that this model knows nothing of it."""
+    secret = "Zephyrine Quillfeather keeps the lamps of Brek and sells glass."
+    body = {
+        "domain": "novel",
+        "documents": [{"name": "novel.txt", "text": f"{secret}\n\n{TEXT[1]}"}],
+        "retain": [{"text": text} for text in TEXT[2:]],
+    }
+    created = admin.post("/admin/unlearning-requests", json=body)
+    assert created.status_code == 202, created.text
+    place = created.headers["location"]
+    deadline = time.monotonic() + 180
+    while (shown := admin.get(place).json())["state"] not in ("awaiting-approval", "failed"):
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.5)
+    assert (shown["state"], shown["question"]) == ("awaiting-approval", "nothing-to-forget")
+    assert admin.post(f"{place}/cancel").status_code == 200
+    while (shown := admin.get(place).json())["text_deleted_at"] is None:
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.2)
+    assert shown["state"] == "cancelled"
+    page = admin.get(f"{place}/evidence", headers={"Accept": "text/html"}).text
+    assert "Not signed" in page
+    folder = server.log.parent
+    kept = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert b"Zephyrine" not in kept
 
 
 def test_a_trace_is_of_the_tokens_that_the_chat_route_computes(

@@ -227,6 +227,7 @@ def test_a_change_that_cannot_be_applied_is_recorded_once(
         asked = await server.operations.activate("a", bundles.experts["domain-0"])
         await server.until(lambda: len(server.engine.switches) > 1 or not server.service.is_trusted)
         await server.until(lambda: server.reconciler.error is not None)
+        await server.reconciler._catch_up()  # it is tried again
         looked = await server.operations.get(asked.change.operation_id)
         assert looked.change == asked.change
 

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 
 from benchmarks.admin_fuzz import fuzz_admin
+from server.requests.settings import RequestSettings
 
-from .conftest import TOKEN, Listening
+from .conftest import TOKEN, Listening, Stack
+
+
+@pytest.fixture
+def listening(make_stack: Callable[..., Any], plan: Any) -> Iterator[Listening]:
+    """One that takes unlearning requests, too."""
+
+    async def build() -> Stack:
+        stack: Stack = await make_stack(requests=RequestSettings())
+        return stack
+
+    with contextlib.closing(Listening(build)) as server:
+        yield server
+        server.run(server.stack.runtime.close())
 
 
 def check(listening: Listening, max_examples: int) -> None:
