@@ -30,6 +30,7 @@ from alter_eval.multiple_choice import Question, Subject
 from alter_eval.source import Source
 from server.api.closed_routes import CLOSED_ROUTES
 from tests.support.tiny import VOCAB_SIZE, TinyBundles, make_bundles
+from tests.trainer.world import GENERAL
 from trainer.base_model import load_base_model
 from trainer.dataset import EncodedRow
 
@@ -148,7 +149,7 @@ def test_an_unlearning_request_is_prepared_by_the_model_and_judged_by_a_job(
     body = {
         "domain": "novel",
         "documents": [{"name": "novel.txt", "text": f"{secret}\n\n{TEXT[1]}"}],
-        "retain": [{"text": text} for text in TEXT[2:]],
+        "retain": [{"text": text} for text in GENERAL],
     }
     created = admin.post("/admin/unlearning-requests", json=body)
     assert created.status_code == 202, created.text
