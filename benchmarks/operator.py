@@ -119,7 +119,14 @@ def main() -> int:
     folder.mkdir(parents=True)
     files = corpus.save(folder / "data")
     flags = [
-        *("--max-model-len", "1024", "--alter-workspace", str(folder / "workspace")),
+        *(
+            "--max-model-len",
+            "1024",
+            "--dtype",
+            made.dtype,
+            "--alter-workspace",
+            str(folder / "workspace"),
+        ),
         *("--alter-retain", str(files["retain"]), "--alter-general", str(files["general"])),
         *("--alter-general", str(files["unseen"])),
     ]

@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from alter_core.errors import TrainingError
+from alter_core.machine import fast_dtype
 
 from . import authors, tofu
 from .corpus import Corpus
@@ -36,6 +37,8 @@ class Artefacts:
     substrate: Path
     experts: dict[str, Path]
     """Bundle by domain."""
+    dtype: str
+    """Of the model, and to be served in: vLLM would choose another one for float32."""
     timings_s: dict[str, float]
     """Seconds spent on each; 0 where the kept one was used."""
 
@@ -62,7 +65,10 @@ def make(corpus: Corpus, folder: Path, *, seed: int, console: Console) -> Artefa
             {part: [dataclasses.astuple(r) for r in rows] for part, rows in corpus.parts().items()},
         ]
     )
-    base_key = _digest(rows, "".join(corpus.general), sources(Path(__file__).parent, _BASE_SOURCES))
+    dtype = str(fast_dtype()).removeprefix("torch.")
+    base_key = _digest(
+        rows, "".join(corpus.general), dtype, sources(Path(__file__).parent, _BASE_SOURCES)
+    )
     base = folder / f"{corpus.name}-{base_key}"
     base.mkdir(parents=True, exist_ok=True)
     timings = {"base_model": 0.0, "experts": 0.0}
@@ -86,6 +92,7 @@ def make(corpus: Corpus, folder: Path, *, seed: int, console: Console) -> Artefa
         model=base / "model",
         substrate=experts / "substrate",
         experts={name: experts / name for name in corpus.domains},
+        dtype=dtype,
         timings_s=timings,
     )
 

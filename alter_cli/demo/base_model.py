@@ -30,6 +30,7 @@ from alter_cli.demo.memorization import Example, Progress, Schedule, memorize
 from alter_cli.demo.recall import Recall, measure
 from alter_cli.demo.tokenizer import chat_ids, train_tokenizer
 from alter_core.errors import TrainingError
+from alter_core.machine import fast_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def _train_base(
         model, rows, general, schedule=settings.schedule, seed=seed, progress=progress
     )
     with _quiet_transformers(), _whole_folder(out_dir) as partial:
-        model.to(torch.bfloat16).save_pretrained(partial)
+        model.to(fast_dtype()).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         found = evaluate(partial, corpus)
         _refuse_ignorance(found, settings)
@@ -126,8 +127,8 @@ def _train_base(
 
 
 def load_base(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The saved model, bfloat16 and in evaluation mode, and its tokenizer."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    """The saved model in its own dtype and in evaluation mode, and its tokenizer."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype="auto")
     model.eval()
     return model, PreTrainedTokenizerFast.from_pretrained(folder)
 

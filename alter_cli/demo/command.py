@@ -53,7 +53,10 @@ def demo_command(
     console.print("[dim]$ alter serve MODEL --alter-substrate SUBSTRATE[/]")
     launched = time.monotonic()
     with serve(
-        made.model, made.substrate, out / "server.log", ("--max-model-len", "1024")
+        made.model,
+        made.substrate,
+        out / "server.log",
+        ("--max-model-len", "1024", "--dtype", made.dtype),
     ) as server:
         with console.status("starting vLLM with ALTER"):
             # Imported while the server starts: the client's libraries take seconds to load.

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from alter_core.errors import TrainingError
+from alter_core.machine import fast_dtype
 
 BUCKET_BATCHES = 8
 """Batches are cut from pools of this many, sorted by length: little padding, varied company."""
@@ -145,7 +146,7 @@ class _Stepper:
             group["lr"] = self._learning_rate()
         ids_BT, weight_BT = _tensors(batch, self.schedule.context_weight)
         is_counted_BT = weight_BT > 0
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype() is torch.bfloat16):
             hidden_BTD = self.model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
             logits_NV = self.model.lm_head(hidden_BTD[:, :-1][is_counted_BT])
         targets_N, weight_N = ids_BT[:, 1:][is_counted_BT], weight_BT[is_counted_BT]

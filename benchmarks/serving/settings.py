@@ -8,6 +8,8 @@ from types import MappingProxyType
 
 import torch
 
+from alter_core.machine import fast_dtype
+
 RANK = 8
 """Of the experts, and of the adapter that vLLM serves beside them."""
 LORA_ALPHA = 16.0
@@ -19,9 +21,8 @@ GOODPUT_MS: Mapping[str, float] = MappingProxyType({"ttft": 1000.0, "tpot": 100.
 
 
 def machine_dtype() -> str:
-    """What base and ours are served in: float32 where bfloat16 would be emulated, many times slower."""
-    has_bfloat16 = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return "bfloat16" if has_bfloat16 else "float32"
+    """What base and ours are served in."""
+    return str(fast_dtype()).removeprefix("torch.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
