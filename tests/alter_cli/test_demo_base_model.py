@@ -22,6 +22,7 @@ from alter_cli.demo.recall import measure
 from alter_cli.demo.tokenizer import chat_ids, train_tokenizer
 from alter_cli.demo.training_bar import training_bar
 from alter_core.errors import TrainingError
+from alter_core.machine import fast_dtype
 
 SCHEDULE = Schedule(max_epochs=2, batch_rows=8, warmup_steps=3)
 TINY = BaseSettings(
@@ -97,12 +98,12 @@ def test_any_text_comes_back_from_its_tokens(tokenizer: PreTrainedTokenizerFast)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_the_saved_folder_is_a_bfloat16_model_that_stops(
+def test_the_saved_folder_is_a_model_of_the_machines_dtype_that_stops(
     trained: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, metrics = trained
     model, tokenizer = load_base(folder)
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == fast_dtype()
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.num_parameters() == metrics["num_parameters"]
