@@ -79,9 +79,14 @@ def demo_command(
 
 
 def _write_paths(path: Path, made: artefacts.Artefacts) -> None:
-    """Shell variables with the folders, to serve by hand what the demo made."""
-    folders = {"MODEL": made.model, "SUBSTRATE": made.substrate, "EXPERTS": made.substrate.parent}
-    path.write_text("".join(f"ALTER_DEMO_{name}={folder}\n" for name, folder in folders.items()))
+    """Shell variables with the folders and the dtype, to serve by hand what the demo made."""
+    values = {
+        "MODEL": made.model,
+        "SUBSTRATE": made.substrate,
+        "EXPERTS": made.substrate.parent,
+        "DTYPE": made.dtype,
+    }
+    path.write_text("".join(f"ALTER_DEMO_{name}={value}\n" for name, value in values.items()))
 
 
 def _show_summary(console: Console, summary: dict[str, Any]) -> None:
