@@ -38,6 +38,7 @@ LOG = "log"
 LOCK = "lock"
 MODULE = "alter_cli.unlearning_job"
 CANCEL_GRACE_S = 10.0
+_SECRETS = frozenset(("ALTER_ADMIN_TOKEN", "VLLM_API_KEY"))
 _children: list[subprocess.Popen[bytes]] = []
 """Of this process, to be reaped. They are not its to end."""
 
@@ -119,7 +120,7 @@ class LocalJobs:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env=os.environ | {"OMP_NUM_THREADS": str(self._num_threads)},
+                    env=_environment() | {"OMP_NUM_THREADS": str(self._num_threads)},
                     pass_fds=(lock,),
                     # Not a session: Linux shares out time by session, whatever the niceness of a process.
                     process_group=0,
@@ -159,6 +160,11 @@ def read_result(folder: Path) -> dict[str, Any]:
             got=type(error).__name__,
             fix="It is tried again.",
         ) from error
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what opens its doors."""
+    return {name: value for name, value in os.environ.items() if name not in _SECRETS}
 
 
 def _holder(folder: Path) -> int | None:

@@ -210,8 +210,10 @@ def test_a_domain_that_the_model_does_not_know_is_trained_only_if_somebody_says_
 
 
 def test_a_cancelled_request_ends_its_job_and_leaves_no_text(
-    open_office: Any, plan: Any, tmp_path: Path
+    open_office: Any, plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("ALTER_ADMIN_TOKEN", "correct-horse")
+
     async def test() -> None:
         plan(waits=str(tmp_path / "go"))
         async with open_office() as office:
@@ -221,6 +223,9 @@ def test_a_cancelled_request_ends_its_job_and_leaves_no_text(
                 while not office.starts(request):
                     await asyncio.sleep(0.01)
             [process] = office.starts(request)
+            environment = Path(f"/proc/{process}/environ").read_bytes()
+            assert b"ALTER_TEST_JOB" in environment
+            assert b"correct-horse" not in environment
             assert (await office.requests.cancel(request.id, CAUSE)).cancelled_by == "legal"
             request = await office.until(request, "cancelled")
             assert request.error is None
