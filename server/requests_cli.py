@@ -200,15 +200,7 @@ def evidence_verify_command(
 ) -> None:
     """Check who signed it and that a page shows nothing else; print what it says."""
     with reported():
-        try:
-            text = file.read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"The file {file} cannot be read",
-                expected="a file",
-                got=getattr(error, "strerror", None) or type(error).__name__,
-                fix="Check the path.",
-            ) from error
+        text = _bytes_of(file).decode("utf-8", "replace")
         is_page = text.lstrip().startswith("<")
         envelope = read_certificate(text) if is_page else read_envelope(text)
         document = verified(envelope, key)
@@ -231,19 +223,23 @@ def _read(files: list[Path]) -> tuple[list[dict[str, Any]], list[dict[str, str]]
     rows: list[dict[str, Any]] = []
     documents: list[dict[str, str]] = []
     for path in files:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(
-                f"The file {path} cannot be read",
-                expected="a file",
-                got=error.strerror or type(error).__name__,
-                fix="Check the path.",
-            ) from error
-        more_rows, more_documents = parse_file(path.name, data)
+        more_rows, more_documents = parse_file(path.name, _bytes_of(path))
         rows += more_rows
         documents += more_documents
     return rows, documents
+
+
+def _bytes_of(path: Path) -> bytes:
+    """Raises: ConfigError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"The file {path} cannot be read",
+            expected="a file",
+            got=error.strerror or type(error).__name__,
+            fix="Check the path.",
+        ) from error
 
 
 def _follow(seen: Any, as_json: bool) -> None:

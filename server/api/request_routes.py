@@ -27,7 +27,7 @@ from .request_models import (
     UnlearningRequestBody,
     UnlearningRequestList,
 )
-from .routes import IdempotencyKey, Reason, header_reason, problems
+from .routes import IdempotencyKey, Reason, allowed_place, header_reason, problems
 from .routes import With as WithParts
 from .runtime import AlterRuntime
 
@@ -84,7 +84,7 @@ async def create(
     rows, documents = list(body.forget), [each.model_dump() for each in body.documents]
     if body.source is not None:
         more_rows, more_documents = await asyncio.to_thread(
-            read_source, body.source, runtime.sources, runtime.max_upload_bytes
+            read_source, allowed_place(request, body.source), runtime.max_upload_bytes
         )
         rows, documents = rows + more_rows, documents + more_documents
     upload = Upload(

@@ -121,7 +121,7 @@ async def activate(
     202 and the operation to poll at `Location`; with `Prefer: wait=N` 201 for a new name, 200 for
     another one, as soon as no server can generate a token without it.
     """
-    bundle = _allowed(request, body.bundle)
+    bundle = allowed_place(request, body.bundle)
     condition = _condition(request, if_match, if_none_match)
     operation = await parts.operations.activate(
         body.name,
@@ -324,16 +324,16 @@ def _condition(
     return condition
 
 
-def _allowed(request: Request, bundle: str) -> Path | str:
-    """The folder, without links, or the URL that a request names.
+def allowed_place(request: Request, place: str) -> Path | str:
+    """The path, without links, or the URL that a request names.
 
     Raises: BundleNotFoundError, BundleSourceError.
     """
     runtime: AlterRuntime = request.app.state.alter
-    if re.match(r"(?i)(?!file:)[a-z][a-z0-9+.-]*:", bundle) is not None:
-        runtime.sources.check(bundle)
-        return bundle
-    return Path(runtime.sources.resolve(str(bundle_path(bundle))))
+    if re.match(r"(?i)(?!file:)[a-z][a-z0-9+.-]*:", place) is not None:
+        runtime.sources.check(place)
+        return place
+    return Path(runtime.sources.resolve(str(bundle_path(place))))
 
 
 def bundle_path(text: str) -> Path:

@@ -62,15 +62,20 @@ def replayed_change(session: Session, idempotency: IdempotencyKey, now: datetime
     row = session.get(IdempotencyRow, idempotency.key)
     if row is None or row.expires_at <= now:
         return None
-    if row.request_digest != idempotency.request_digest:
+    check_same_request(row.request_digest, idempotency)
+    operation = select(ChangeRow).where(ChangeRow.operation_id == row.operation_id)
+    return change_of(session.scalars(operation).one())
+
+
+def check_same_request(request_digest: str | None, idempotency: IdempotencyKey) -> None:
+    """Raises: IdempotencyConflictError if the key came with a request of another digest."""
+    if request_digest != idempotency.request_digest:
         raise IdempotencyConflictError(
             "This idempotency key came before with another request",
             expected="the same request again, or a new key",
             got="another request",
             fix="Use a new key, e.g. a random UUID, for each new request.",
         )
-    operation = select(ChangeRow).where(ChangeRow.operation_id == row.operation_id)
-    return change_of(session.scalars(operation).one())
 
 
 def all_replicas(session: Session) -> tuple[Replica, ...]:

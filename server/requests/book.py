@@ -10,13 +10,17 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from alter_core.errors import (
-    IdempotencyConflictError,
     RequestConflictError,
     RequestNotFoundError,
 )
 from server.registry import IdempotencyKey
 from server.registry.database import Database
-from server.registry.queries import active_changes, database_time, head_epoch
+from server.registry.queries import (
+    active_changes,
+    check_same_request,
+    database_time,
+    head_epoch,
+)
 from server.registry.schema import ID_LENGTH, UnlearningRequestRow
 
 from .records import (
@@ -173,13 +177,7 @@ def _replayed(session: Session, idempotency: IdempotencyKey) -> UnlearningReques
     )
     if row is None:
         return None
-    if row.request_digest != idempotency.request_digest:
-        raise IdempotencyConflictError(
-            "This idempotency key came before with another request",
-            expected="the same request again, or a new key",
-            got="another request",
-            fix="Use a new key, e.g. a random UUID, for each new request.",
-        )
+    check_same_request(row.request_digest, idempotency)
     return _request_of(row)
 
 

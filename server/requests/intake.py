@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +14,6 @@ import fsspec
 
 from alter_core.errors import TrainingDataError
 from alter_core.rows import Row, check_disjoint, data_digest, parse_rows, read_rows
-from server.registry import ImportPolicy
 
 from .records import Approval
 from .workspace import json_lines
@@ -90,7 +88,7 @@ def parse_file(name: str, data: bytes) -> tuple[list[dict[str, Any]], list[dict[
     """
     if name.endswith((".jsonl", ".ndjson")):
         parse_rows(data, Path(name))
-        return [json.loads(line) for line in data.splitlines()], []
+        return [json.loads(line) for line in data.split(b"\n") if line], []
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,22 +102,13 @@ def parse_file(name: str, data: bytes) -> tuple[list[dict[str, Any]], list[dict[
 
 
 def read_source(
-    source: str, sources: ImportPolicy, max_bytes: int
+    source: Path | str, max_bytes: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """What the file at an absolute path or a URL holds; see `parse_file`.
-
-    Raises: BundleSourceError for a place that is not allowed; TrainingDataError.
-    """
-    is_url = re.match(r"(?i)(?!file:)[a-z][a-z0-9+.-]*:", source) is not None
+    """What the file at a path, or at a URL, holds; see `parse_file`. Raises: TrainingDataError."""
     try:
-        if is_url:
-            sources.check(source)
-            with fsspec.open(source, "rb") as file:
-                data = file.read(max_bytes + 1)
-        else:
-            path = Path(sources.resolve(re.sub(r"(?i)^file:(//(localhost)?)?(?=/)", "", source)))
-            with path.open("rb") as file:
-                data = file.read(max_bytes + 1)
+        # A path is opened as one: fsspec would read more into some names.
+        with source.open("rb") if isinstance(source, Path) else fsspec.open(source, "rb") as file:
+            data = file.read(max_bytes + 1)
     except (OSError, ValueError, ImportError) as error:
         raise TrainingDataError(
             "The source of the request cannot be read",
@@ -134,7 +123,7 @@ def read_source(
             got="more",
             fix="Cut it into several domains, or restart the server with a larger --alter-max-upload-mib.",
         )
-    return parse_file(source.rpartition("/")[2], data)
+    return parse_file(str(source).rpartition("/")[2], data)
 
 
 def _rows(name: str, rows: Sequence[dict[str, Any]]) -> list[Row]:

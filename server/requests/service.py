@@ -28,7 +28,7 @@ from alter_core.errors import (
     RequestsClosedError,
 )
 from server.audit import Action, AuditEntry, AuditLog, Cause, Outcome
-from server.domain_rules import check_domain_name
+from server.domain_rules import check_domain_name, is_domain_name
 from server.domains import error_kind
 from server.engine.base import Writer
 from server.operations import Operation, OperationService
@@ -490,7 +490,8 @@ class RequestService:
             actor=cause.actor,
             request_id=cause.request_id,
             action=action,
-            domain=domain,
+            # Anything may come as a name; only what can be one is recorded.
+            domain=domain if is_domain_name(domain) else None,
             epoch_before=self._epoch(),
             epoch_after=self._epoch(),
             digest=digest,
