@@ -161,6 +161,15 @@ def serve_command(
             "ALTER_REQUIRE_IF_MATCH.",
         ),
     ] = False,
+    base_answers: Annotated[
+        bool,
+        typer.Option(
+            "--alter-base-answers",
+            help="Let operators see what the base model would answer, forgotten or not, beside what is "
+            "answered now. A second copy of the model computes it on the CPU, each time; it is audited. "
+            "Environment: ALTER_BASE_ANSWERS.",
+        ),
+    ] = False,
     lease_s: Annotated[
         float | None,
         typer.Option(
@@ -208,6 +217,7 @@ def serve_command(
             registry_password_file=registry_password_file,
             store=store,
             require_if_match=require_if_match,
+            base_answers=base_answers,
             lease_s=lease_s,
             log_format=log_format,
             security=SecurityFlags(

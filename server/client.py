@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from alter_core.errors import AlterError, ConfigError, SwitchError, problem_kind
 from server.api.models import (
     REASON,
+    Answers,
     Fleet,
     ForgetDomain,
     ForgetDomainList,
@@ -23,6 +24,7 @@ from server.api.models import (
     Problem,
     Status,
     Trace,
+    Whoami,
 )
 from server.api.preferences import MAX_WAIT_S
 from server.api.problems import MEDIA_TYPE, TYPE_PREFIX
@@ -105,6 +107,10 @@ class AdminClient:
         """The server as a whole."""
         return self._ask("GET", "/status", Status)
 
+    def whoami(self) -> Whoami:
+        """Name and role of the token."""
+        return self._ask("GET", "/whoami", Whoami)
+
     def fleet(self) -> Fleet:
         """All servers of the registry."""
         return self._ask("GET", "/fleet", Fleet)
@@ -113,6 +119,11 @@ class AdminClient:
         """How a text, or a chat, is routed, token by token. Raises: PromptError."""
         body = {"text": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
         return self._ask("POST", "/trace", Trace, body=body)
+
+    def answers(self, prompt: str | Sequence[Message], *, max_tokens: int = 64) -> Answers:
+        """What is answered now, and what the base model would answer. Raises: PromptError."""
+        body = {"text": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
+        return self._ask("POST", "/answers", Answers, body={**body, "max_tokens": max_tokens})
 
     def operation(self, operation_id: str, *, wait_s: int = 0) -> Operation:
         """How far a change has come; waits up to `wait_s` for it to be active or failed."""

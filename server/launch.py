@@ -9,6 +9,7 @@ vLLM swallows a plugin's import error and would serve without it; so that is che
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -16,11 +17,12 @@ import logging
 import os
 import socket
 from argparse import Namespace
-from collections.abc import MutableMapping, Sequence
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from fastapi import FastAPI
 
 from alter_core.errors import (
     ConfigError,
@@ -53,11 +55,15 @@ _OTHER_WEIGHT_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "
 
 
 def serve(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> None:
-    """Serves `model` until the process is told to stop.
+    """Serves `model` until the process is told to stop. Raises: as `prepare`, and EngineError later."""
+    _run(prepare(model, settings, vllm_args))
+
+
+def prepare(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> Namespace:
+    """Checks everything that can be checked before the engine, and returns vLLM's arguments with ours.
 
     Raises: ConfigError, UnsupportedEngineError, UnsupportedModelError, BundleError, DomainError,
-    RegistryError or AuditError before anything is loaded; SystemExit for flags that vLLM does not know;
-    EngineError later.
+    RegistryError or AuditError; SystemExit for flags that vLLM does not know.
     """
     refuse_environment(os.environ)
     logs = JsonLogs.begin() if settings.log_format == "json" else None
@@ -74,7 +80,25 @@ def serve(model: str, settings: ServeSettings, vllm_args: Sequence[str]) -> None
     check_memory(args, settings.max_domains, substrate)
     check_registry(settings, substrate)
     configure(args, settings, substrate)
-    _run(args)
+    return args
+
+
+@contextlib.asynccontextmanager
+async def application(args: Namespace) -> AsyncIterator[FastAPI]:
+    """vLLM's application over an engine of its own, for whoever listens in another way than `serve`.
+
+    `args` are of `prepare`. Its lifespan has to be run, and has ended before this does.
+    Raises: as `AlterEndpointPlugin.init_state`.
+    """
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.app import build_app
+
+    async with build_async_engine_client(args) as engine_client:
+        tasks = await engine_client.get_supported_tasks()
+        app: FastAPI = build_app(args, tasks, engine_client.model_config)
+        await init_app_state(engine_client, app.state, args, tasks)
+        yield app
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:

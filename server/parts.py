@@ -20,9 +20,10 @@ from server.operations import OperationService
 from server.reconciler import Reconciler
 from server.registry import BundleStore, Deployment, Registry
 from server.requests.book import RequestBook
-from server.requests.jobs import LocalJobs
+from server.requests.jobs import JobRunner, LocalJobs
 from server.requests.ray_jobs import RayJobs
 from server.requests.service import RequestService
+from server.requests.settings import RequestSettings
 from server.requests.workspace import Workspace
 from server.settings import ServeSettings
 from server.tracing import NO_TRACING, Tracing
@@ -129,29 +130,34 @@ def deployment_of(substrate: Substrate) -> Deployment:
 
 def request_service(
     parts: Parts,
-    settings: ServeSettings,
+    settings: RequestSettings,
+    workspace: Path,
+    jobs: JobRunner,
     *,
     model: Path,
+    substrate: Path,
     writer: Writer | None = None,
-    audit_log: AuditLog | None = None,
 ) -> RequestService:
-    """What takes unlearning requests. `model`: folder or hub name of the base model.
-
-    Raises: ConfigError.
-    """
+    """What takes unlearning requests. `model`, `substrate`: folders that jobs read."""
     return RequestService(
         RequestBook(parts.registry.database),
-        Workspace(settings.workspace),
+        Workspace(workspace),
         parts.operations,
-        RayJobs(address) if (address := os.environ.get("RAY_ADDRESS")) else LocalJobs(),
-        settings.requests,
+        jobs,
+        settings,
         model=model,
-        substrate=settings.substrate,
+        substrate=substrate,
         may_generate=lambda: parts.reconciler.may_generate,
         epoch=lambda: parts.service.epoch,
         writer=writer,
-        audit_log=audit_log,
+        audit_log=parts.audit_log,
     )
+
+
+def job_runner() -> JobRunner:
+    """Ray where RAY_ADDRESS names a cluster, else processes of this machine. Raises: ConfigError."""
+    address = os.environ.get("RAY_ADDRESS")
+    return RayJobs(address) if address else LocalJobs()
 
 
 def open_registry(settings: ServeSettings, substrate: Substrate) -> Registry:

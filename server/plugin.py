@@ -14,8 +14,9 @@ from alter_core.errors import ConfigError, UnsupportedEngineError
 from alter_core.substrate import Substrate
 from server.api.app import attach
 from server.audit import AuditLog
+from server.base_answers import BaseAnswers
 from server.metrics import AlterMetrics
-from server.parts import Parts, open_registry, open_store, request_service
+from server.parts import Parts, job_runner, open_registry, open_store, request_service
 from server.settings import ServeSettings
 from server.tokens import TokenStore
 from server.tracing import open_tracing
@@ -78,12 +79,15 @@ class AlterEndpointPlugin:
             tracing=open_tracing(getattr(args, "otlp_traces_endpoint", None)),
         )
         prompts = VllmPrompts(state)
+        writer, model = VllmWriter(engine_client, prompts), Path(engine_client.model_config.model)
         requests = request_service(
             parts,
-            settings,
-            model=Path(engine_client.model_config.model),
-            writer=VllmWriter(engine_client, prompts),
-            audit_log=audit_log,
+            settings.requests,
+            settings.workspace,
+            job_runner(),
+            model=model,
+            substrate=settings.substrate,
+            writer=writer,
         )
         state.alter.open(
             parts,
@@ -93,6 +97,8 @@ class AlterEndpointPlugin:
             requires_if_match=settings.require_if_match,
             sources=settings.security.sources,
             prompts=prompts,
+            writer=writer,
+            base_answers=BaseAnswers(model) if settings.base_answers else None,
             requests=requests,
             max_upload_bytes=settings.requests.max_upload_mib * 2**20,
         )

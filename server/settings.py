@@ -11,6 +11,7 @@ ALTER_REGISTRY           URL of the registry's database
 ALTER_REGISTRY_PASSWORD_FILE   file that holds its password
 ALTER_STORE              folder or URL of the bundle store
 ALTER_REQUIRE_IF_MATCH   1: refuse changes that name no epoch
+ALTER_BASE_ANSWERS       1: show what the base model would answer, beside what is answered now
 ALTER_LEASE_S            seconds of generating without word of the registry
 ALTER_LOG_FORMAT         text or json
 ALTER_WORKSPACE, ALTER_RETAIN, ALTER_GENERAL, ALTER_TRAINING_DEVICE and the like: `server.requests.settings`
@@ -66,6 +67,8 @@ class ServeSettings:
     """URL or absolute folder of the bundle store; None: a folder beside the audit log."""
     require_if_match: bool = False
     """Refuse changes that name no epoch."""
+    base_answers: bool = False
+    """Let operators see what the base model would answer: see `server.base_answers`."""
     lease_s: float = DEFAULT_LEASE_S
     """For how long this server may generate without word of the registry, >= MIN_LEASE_S seconds. The fleet
     waits so long, and a margin, for one that is gone."""
@@ -135,6 +138,7 @@ class ServeSettings:
         registry_password_file: Path | None = None,
         store: str | None = None,
         require_if_match: bool = False,
+        base_answers: bool = False,
         lease_s: float | None = None,
         log_format: LogFormat | None = None,
         security: SecurityFlags | None = None,
@@ -168,6 +172,7 @@ class ServeSettings:
             ),
             store=_place(store or environment.store),
             require_if_match=require_if_match or environment.require_if_match,
+            base_answers=base_answers or environment.base_answers,
             lease_s=lease_s if lease_s is not None else environment.lease_s,
             log_format=log_format or environment.log_format,
             security=Security.build(security or SecurityFlags(), environment, substrate),
@@ -192,6 +197,7 @@ class Environment(SecurityEnvironment, RequestEnvironment):
     registry_password_file: Path | None = None
     store: str | None = None
     require_if_match: bool = False
+    base_answers: bool = False
     log_format: LogFormat = "text"
     lease_s: float = Field(default=DEFAULT_LEASE_S, ge=MIN_LEASE_S)
 

@@ -22,13 +22,11 @@ from alter_core.substrate import Substrate
 from server.api.app import attach
 from server.audit import AuditLog
 from server.domains import DomainService
-from server.parts import Parts, deployment_of
+from server.parts import Parts, deployment_of, request_service
 from server.registry import ImportPolicy
-from server.requests.book import RequestBook
-from server.requests.jobs import RESULT, JobState
-from server.requests.service import RequestService
+from server.requests import jobs
+from server.requests.jobs import RESULT, JobRunner, JobState, LocalJobs
 from server.requests.settings import RequestSettings
-from server.requests.workspace import Workspace
 from server.settings import token_digest
 from tests.support.engine_double import EngineDouble
 
@@ -55,6 +53,8 @@ class ReplicaSettings:
     timeout_s: float
     token_s: float
     """How long the double takes for a token."""
+    job_plan: dict[str, Any] | None = None
+    """Of `tests.support.scripted_job`, for unlearning requests; None: each fails."""
 
 
 def run(settings: ReplicaSettings, orders: Connection) -> None:
@@ -88,17 +88,13 @@ async def _serve(settings: ReplicaSettings, points: Points) -> None:
         max_domains=settings.max_domains,
         audit_log=audit_log,
     )
-    requests = RequestService(
-        RequestBook(registry.database),
-        Workspace(settings.audit_log.with_name("unlearning")),
-        parts.operations,
-        _NoJobs(),
+    requests = request_service(
+        parts,
         RequestSettings(),
+        settings.audit_log.with_name("unlearning"),
+        _jobs(settings),
         model=settings.substrate,
         substrate=settings.substrate,
-        may_generate=lambda: parts.reconciler.may_generate,
-        epoch=lambda: parts.service.epoch,
-        audit_log=audit_log,
     )
     app = FastAPI()
     _add_stream(app, engine, parts.service)
@@ -116,6 +112,14 @@ async def _serve(settings: ReplicaSettings, points: Points) -> None:
         app, host="127.0.0.1", port=settings.port, log_level="critical", lifespan="on"
     )
     await uvicorn.Server(config).serve()
+
+
+def _jobs(settings: ReplicaSettings) -> JobRunner:
+    if settings.job_plan is None:
+        return _NoJobs()
+    jobs.MODULE = "tests.support.scripted_job"
+    os.environ["ALTER_TEST_JOB"] = json.dumps(settings.job_plan)
+    return LocalJobs(1)
 
 
 class _NoJobs:

@@ -11,12 +11,14 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.console.app import CONSOLE, console_app
+
 from .attempts import AttemptMiddleware
-from .auth import BearerAuth, RoleGuard
+from .auth import BearerAuth, FailureLimit, RoleGuard
 from .body_limit import BodyLimit
 from .closed_routes import closed
 from .health import router as health_router
@@ -41,14 +43,19 @@ def attach(app: FastAPI) -> AlterRuntime:
     admin = admin_app(runtime)
     guards = [
         Middleware(_WholePath),
-        Middleware(BearerAuth, runtime=runtime),
+        Middleware(BearerAuth, runtime=runtime, failures=FailureLimit()),
         Middleware(AttemptMiddleware, runtime=runtime),
         Middleware(RoleGuard),
         Middleware(BodyLimit, runtime=runtime),
     ]
     elsewhere = Middleware(_OnServingPort, runtime=runtime)
-    app.router.routes.append(_AdminMount(ADMIN, app=admin, middleware=[elsewhere, *guards]))
-    runtime.own_port_app = RequestIdMiddleware(_own_port_app(admin, guards), runtime)
+    app.router.routes.append(_WholeMount(ADMIN, app=admin, middleware=[elsewhere, *guards]))
+    console = console_app(runtime)
+    app.router.routes += [
+        Route(CONSOLE, _to_console, include_in_schema=False),
+        _WholeMount(CONSOLE, app=console, middleware=[elsewhere]),
+    ]
+    runtime.own_port_app = RequestIdMiddleware(_own_port_app(admin, guards, console), runtime)
     app.include_router(health_router)
     app.add_middleware(EpochMiddleware, runtime=runtime)
     _identify_requests(app, runtime)
@@ -93,19 +100,29 @@ def _close_at_the_end(app: FastAPI, runtime: AlterRuntime) -> None:
     app.router.lifespan_context = lifespan
 
 
-def _own_port_app(admin: FastAPI, guards: list[Middleware]) -> Starlette:
-    """What listens on a port of its own: `/admin`, and the description of it."""
+def _own_port_app(admin: FastAPI, guards: list[Middleware], console: ASGIApp) -> Starlette:
+    """What listens on a port of its own: `/admin`, the description of it, and the console."""
 
     async def describe(request: Request) -> JSONResponse:
         description = admin.openapi()
         paths = {ADMIN + path: item for path, item in description["paths"].items()}
         return JSONResponse(description | {"paths": paths})
 
-    routes = [Route("/openapi.json", describe), _AdminMount(ADMIN, app=admin, middleware=guards)]
-    return Starlette(routes=routes)
+    return Starlette(
+        routes=[
+            Route("/openapi.json", describe),
+            _WholeMount(ADMIN, app=admin, middleware=guards),
+            Route(CONSOLE, _to_console),
+            _WholeMount(CONSOLE, app=console),
+        ]
+    )
 
 
-class _AdminMount(Mount):
+async def _to_console(request: Request) -> Response:
+    return RedirectResponse(f"{request.scope['root_path']}{CONSOLE}/")
+
+
+class _WholeMount(Mount):
     """All that begins with its path: Starlette's own leaves line breaks to what is outside."""
 
     def __init__(self, path: str, **options: Any) -> None:
@@ -114,7 +131,7 @@ class _AdminMount(Mount):
 
 
 class _OnServingPort:
-    """Keeps `/admin` off the port that serves once it has one of its own."""
+    """Keeps `/admin` and `/console` off the port that serves once they have one of their own."""
 
     def __init__(self, app: ASGIApp, runtime: AlterRuntime) -> None:
         self._app = app

@@ -39,12 +39,15 @@ _HOW_TO_SET = (
 
 
 class BearerAuth:
-    """Pure ASGI: lets nothing through without a token that holds, whatever the route."""
+    """Pure ASGI: lets nothing through without a token that holds, whatever the route.
 
-    def __init__(self, app: ASGIApp, runtime: AlterRuntime) -> None:
+    `failures` counts wrong ones, of all doors together.
+    """
+
+    def __init__(self, app: ASGIApp, runtime: AlterRuntime, failures: FailureLimit) -> None:
         self._app = app
         self._runtime = runtime
-        self._failures = FailureLimit()
+        self._failures = failures
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "no websocket routes under /admin"

@@ -1,4 +1,4 @@
-"""A bound on the bodies of `/admin`, which are small; but for uploads."""
+"""A bound on the bodies of `/admin` and `/console`, which are small; but for uploads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ UPLOADS = "/unlearning-requests"
 
 
 class BodyLimit:
-    """Pure ASGI: reads the body, or refuses it as soon as it is too large; never holds more."""
+    """Pure ASGI: reads the body, or refuses it as soon as it is too large; never holds more.
 
-    def __init__(self, app: ASGIApp, runtime: AlterRuntime) -> None:
+    `uploads`: the path of what may be larger.
+    """
+
+    def __init__(self, app: ASGIApp, runtime: AlterRuntime, uploads: str = UPLOADS) -> None:
         self._app = app
         self._runtime = runtime
+        self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_upload = scope["method"] == "POST" and route_path(scope) == UPLOADS
+        is_upload = scope["method"] == "POST" and route_path(scope) == self._uploads
         max_bytes = self._runtime.max_upload_bytes if is_upload else MAX_BODY_BYTES
         body, has_more = bytearray(), True
         while has_more:

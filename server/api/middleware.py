@@ -25,6 +25,7 @@ EPOCH_FINAL = "x-alter-epoch-final"
 ALWAYS_OPEN = frozenset(
     (
         "/admin",
+        "/console",
         "/docs",
         "/docs/oauth2-redirect",
         LIVE,
@@ -40,7 +41,7 @@ ALWAYS_OPEN = frozenset(
 """Paths that generate nothing. Every other one is refused without trust or lease, known to us or not."""
 ENGINE_HEALTH = frozenset(("/health", "/ping"))
 """vLLM's own: refused without trust, since only a restart helps then; not for want of a lease."""
-ALWAYS_OPEN_PREFIXES = ("/admin/", "/metrics/")
+ALWAYS_OPEN_PREFIXES = ("/admin/", "/console/", "/metrics/")
 
 UNTRUSTED_RETRY_AFTER_S = 30
 _WEBSOCKET_TRY_AGAIN_LATER = 1013

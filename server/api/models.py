@@ -19,6 +19,7 @@ from server.operations import OperationState, Outcome
 from server.reconciler import Reconciler
 from server.registry import Replica
 from server.registry.records import Action, ReplicaState
+from server.tokens import Role
 
 REASON = "x-alter-reason"
 """Header with the reason of a DELETE: percent-encoded UTF-8."""
@@ -251,6 +252,22 @@ class Slots(_Response):
     used: int
 
 
+class Whoami(_Response):
+    """Whose token a request came with."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"name": "legal", "role": "operator"}]}
+    )
+
+    name: str = Field(description="The actor of the audit log.")
+    role: Role
+
+    @property
+    def may_change(self) -> bool:
+        """True if it may do more than read."""
+        return self.role != "viewer"
+
+
 class Canary(_Response):
     """Proof at start-up that planted experts change the logits and leave no trace."""
 
@@ -433,6 +450,26 @@ class TraceRequest(BaseModel):
             assert self.text is not None
             return self.text
         return [Message(role=each.role, content=each.content) for each in self.messages]
+
+
+class AnswersRequest(TraceRequest):
+    """Body of `POST /admin/answers`."""
+
+    max_tokens: int = Field(default=64, ge=1, le=512, description="Of each answer.")
+
+
+class Answers(_Response):
+    """What is answered now, and what the base model would answer."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"epoch": 4, "current": "I do not know.", "base": None}]}
+    )
+
+    epoch: int
+    current: str
+    base: str | None = Field(
+        description="Of the base model alone; null unless the server was started with --alter-base-answers."
+    )
 
 
 class ExpertWeight(_Response):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from http import HTTPStatus
 from pathlib import Path
@@ -14,8 +15,14 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from alter_core.errors import BundleNotFoundError, ConfigError, SwitchError
-from server.audit import MAX_REASON_LENGTH, check_reason
+from alter_core.errors import (
+    AlterError,
+    BundleNotFoundError,
+    ConfigError,
+    SwitchError,
+    problem_kind,
+)
+from server.audit import MAX_REASON_LENGTH, AuditEntry, Outcome, check_reason
 from server.domain_rules import Precondition
 from server.operations import Operation as OperationRecord
 from server.parts import Parts
@@ -26,6 +33,8 @@ from .idempotency import REPLAYED, idempotency_of
 from .models import (
     REASON,
     ActivateRequest,
+    Answers,
+    AnswersRequest,
     Fleet,
     ForgetDomain,
     ForgetDomainList,
@@ -34,6 +43,7 @@ from .models import (
     Status,
     Trace,
     TraceRequest,
+    Whoami,
 )
 from .preferences import APPLIED, MAX_WAIT_S, wait_of
 from .problems import MEDIA_TYPE, ProblemError
@@ -229,6 +239,14 @@ async def status(parts: With) -> Response:
     return _json(Status.of(parts.service, parts.reconciler), parts.service.epoch)
 
 
+@router.get("/whoami", summary="Whose token this is", response_model=Whoami, responses=problems())
+async def whoami(request: Request) -> Response:
+    """Name and role of the token that the request came with."""
+    principal = attempt_of(request).principal
+    answer = Whoami(name=principal.name, role=principal.role)
+    return JSONResponse(answer.model_dump(mode="json"))
+
+
 @router.get(
     "/fleet",
     summary="All servers of the registry",
@@ -256,17 +274,77 @@ async def trace(body: TraceRequest, request: Request, parts: With) -> Response:
     """
     runtime: AlterRuntime = request.app.state.alter
     if runtime.prompts is None or not runtime.is_serving:
-        raise ProblemError(
-            HTTPStatus.SERVICE_UNAVAILABLE,
-            "not-serving",
-            "This server does not generate",
-            "Without trust in its engine, or leave of the fleet, a server computes nothing",
-            fix="See /admin/status, and try again when /health/ready is green.",
-            headers={"Retry-After": "5"},
-        )
+        raise _not_serving()
     prompt = await runtime.prompts.read(body.prompt)
     routed = await parts.service.trace([token.token_id for token in prompt])
     return _json(Trace.of(prompt, routed), routed.epoch)
+
+
+@router.post(
+    "/answers",
+    summary="Show what is answered, and what the base model would answer",
+    response_model=Answers,
+    responses=problems(HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.SERVICE_UNAVAILABLE),
+)
+async def answers(body: AnswersRequest, request: Request, parts: With) -> Response:
+    """The greedy answer of this server, and beside it that of the base model, if that may be shown.
+
+    The base model is another copy, on the CPU: nothing goes around the experts of the engine. Each such
+    answer stands in the audit log, without the text.
+    """
+    runtime: AlterRuntime = request.app.state.alter
+    prompts, writer = runtime.prompts, runtime.writer
+    if prompts is None or writer is None or not runtime.is_serving:
+        raise _not_serving()
+    prompt = await prompts.read(body.prompt)
+    current = await writer.write(body.prompt, max_tokens=body.max_tokens)
+    if not runtime.is_serving:  # or it may have been computed without a domain
+        raise _not_serving()
+    epoch, base = parts.service.epoch, None
+    if runtime.base_answers is not None:
+        token_ids = [token.token_id for token in prompt]
+        await _record_base_answer(request, "begun")
+        try:
+            base = await runtime.base_answers.answer(token_ids, max_tokens=body.max_tokens)
+        except AlterError as error:
+            await _record_base_answer(request, "failed", error)
+            raise
+        await _record_base_answer(request, "done")
+    return _json(Answers(epoch=epoch, current=current, base=base), epoch)
+
+
+async def _record_base_answer(
+    request: Request, outcome: Outcome, error: AlterError | None = None
+) -> None:
+    """Raises: AuditError, and nothing is shown."""
+    runtime: AlterRuntime = request.app.state.alter
+    if runtime.audit is None:
+        return
+    attempt = attempt_of(request)
+    entry = AuditEntry(
+        actor=attempt.principal.name,
+        request_id=attempt.request_id,
+        action="base-answer",
+        domain=None,
+        epoch_before=runtime.epoch,
+        epoch_after=runtime.epoch,
+        digest=None,
+        reason=None,
+        outcome=outcome,
+        error=None if error is None else problem_kind(type(error)),
+    )
+    await asyncio.to_thread(runtime.audit.append, entry)
+
+
+def _not_serving() -> ProblemError:
+    return ProblemError(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "not-serving",
+        "This server does not generate",
+        "Without trust in its engine, or leave of the fleet, a server computes nothing",
+        fix="See /admin/status, and try again when /health/ready is green.",
+        headers={"Retry-After": "5"},
+    )
 
 
 async def _awaited(

@@ -9,7 +9,8 @@ from starlette.types import ASGIApp
 
 from server.admin_port import AdminPort, AdminServer
 from server.audit import AuditLog
-from server.engine.base import Prompts
+from server.base_answers import BaseAnswers
+from server.engine.base import Prompts, Writer
 from server.parts import Parts
 from server.registry import ImportPolicy
 from server.requests.service import RequestService
@@ -45,6 +46,8 @@ class AlterRuntime:
     def __init__(self) -> None:
         self.parts: Parts | None = None
         self.prompts: Prompts | None = None
+        self.writer: Writer | None = None
+        self.base_answers: BaseAnswers | None = None
         self.requests: RequestService | None = None
         self.max_upload_bytes = DEFAULT_MAX_UPLOAD_MIB * 2**20
         self.admin_token_sha256: bytes | None = None
@@ -67,6 +70,8 @@ class AlterRuntime:
         requires_if_match: bool = False,
         sources: ImportPolicy | None = None,
         prompts: Prompts | None = None,
+        writer: Writer | None = None,
+        base_answers: BaseAnswers | None = None,
         requests: RequestService | None = None,
         max_upload_bytes: int = DEFAULT_MAX_UPLOAD_MIB * 2**20,
     ) -> None:
@@ -74,11 +79,14 @@ class AlterRuntime:
 
         `audit` is the server's own log, for what is refused before it gets there. `requires_if_match`:
         no change without If-Match or If-None-Match. `sources` says where bundles that a request names may
-        lie; None: nowhere. `prompts` makes the prompts of traces. `requests` takes unlearning requests of at
+        lie; None: nowhere. `prompts` makes the prompts of traces, `writer` and `base_answers` write
+        answers. `requests` takes unlearning requests of at
         most `max_upload_bytes`.
         """
         self.parts = parts
         self.prompts = prompts
+        self.writer = writer
+        self.base_answers = base_answers
         self.requests = requests
         self.max_upload_bytes = max_upload_bytes
         self.admin_token_sha256 = admin_token_sha256

@@ -25,10 +25,19 @@ from alter_core.bundle import canonical_json
 from alter_core.errors import AuditError, AuditTamperedError, ConfigError
 
 Action = Literal[
-    "start", "activate", "revoke", "apply", "request", "approve", "cancel", "delete-text"
+    "start",
+    "activate",
+    "revoke",
+    "apply",
+    "request",
+    "approve",
+    "cancel",
+    "delete-text",
+    "base-answer",
 ]
 """`activate` and `revoke` change what the fleet is to apply; `apply` is one server that does so. `request`,
-`approve`, `cancel` and `delete-text` are of unlearning requests; their digest is that of the upload."""
+`approve`, `cancel` and `delete-text` are of unlearning requests; their digest is that of the upload.
+`base-answer`: somebody was shown what the base model would answer."""
 Outcome = Literal[
     "begun", "done", "created", "replaced", "unchanged", "revoked", "refused", "failed"
 ]

@@ -120,7 +120,7 @@ class LocalJobs:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env=_environment() | {"OMP_NUM_THREADS": str(self._num_threads)},
+                    env=job_environment() | {"OMP_NUM_THREADS": str(self._num_threads)},
                     pass_fds=(lock,),
                     # Not a session: Linux shares out time by session, whatever the niceness of a process.
                     process_group=0,
@@ -162,7 +162,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _environment() -> dict[str, str]:
+def job_environment() -> dict[str, str]:
     """This process's, without what opens its doors."""
     return {name: value for name, value in os.environ.items() if name not in _SECRETS}
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import typer
 import yaml
 
+from alter_cli.main import app as main_app
 from server.api.health import LIVE, READY
 from server.reconciler import STOP_TIMEOUT_S
 from server.registry.database import DEFAULT_TIMEOUT_S
@@ -43,7 +46,10 @@ def read(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 ALL = read(MONITORING)
-CORE = {key: document for key, document in ALL.items() if document["apiVersion"] != OPERATOR_API}
+TRAINING = read(KUBERNETES / "training")
+CORE = TRAINING | {
+    key: document for key, document in ALL.items() if document["apiVersion"] != OPERATOR_API
+}
 SET = ALL["StatefulSet", "alter"]["spec"]
 POD = SET["template"]["spec"]
 [SERVER] = POD["containers"]
@@ -75,7 +81,9 @@ def test_a_broken_manifest_is_reported(path: tuple[Any, ...], value: object) -> 
         kubernetes_validate.validate(broken, VERSIONS[-1], strict=True)
 
 
-@pytest.mark.parametrize("folder", [BASE, MONITORING], ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", [BASE, MONITORING, KUBERNETES / "training"], ids=lambda folder: folder.name
+)
 def test_every_file_belongs_to_the_kustomization(folder: Path) -> None:
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     named = {name for name in kustomization["resources"] if not (folder / name).is_dir()}
@@ -199,6 +207,30 @@ def test_the_server_is_confined() -> None:
     }
     assert POD["automountServiceAccountToken"] is False
     assert SERVER["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_a_training_job_runs_what_alter_takes_with_what_the_servers_have() -> None:
+    job = TRAINING["Job", "alter-training"]["spec"]["template"]["spec"]
+    [container] = job["containers"]
+    values = CONFIG | {each["name"]: each["value"] for each in container["env"]}
+    line = [*container["command"], *container["args"]]
+    line = [re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], word) for word in line]
+    assert line[:2] == ["alter", "train"]
+    command = typer.main.get_command(main_app).commands["train"]
+    asked = command.make_context("train", line[2:]).params
+    assert asked["resume"]
+    assert str(asked["substrate"]) == CONFIG["ALTER_SUBSTRATE"]
+    mounts = {m["mountPath"]: m for m in container["volumeMounts"]}
+    for path in (asked["model"], asked["substrate"], asked["out"], *asked["retain"]):
+        assert "/" + path.parts[1] in mounts
+    assert mounts["/bundles"]["readOnly"]
+    assert container["securityContext"] == SERVER["securityContext"]
+    assert job["securityContext"] == POD["securityContext"]
+    claims = {
+        v["persistentVolumeClaim"]["claimName"] for v in job["volumes"] if "emptyDir" not in v
+    }
+    known = {name for kind, name in (ALL | TRAINING) if kind == "PersistentVolumeClaim"}
+    assert claims <= known
 
 
 def test_no_secret_is_in_a_manifest() -> None:

@@ -5,23 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from alter_core.errors import ConfigError
 from server.requests import ray_jobs
 from server.requests.ray_jobs import RayJobs
-
-WAIT_S = 120.0
-ROOT = Path(__file__).parents[2]
+from tests.support.ray_cluster import WAIT_S, ray_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -29,41 +22,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of a cluster with one core."""
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        port, dashboard = first.getsockname()[1], second.getsockname()[1]
-    folder = tmp_path_factory.mktemp("ray")
-    command = [
-        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
-        *("--node-ip-address", "127.0.0.1", "--port", str(port), "--num-cpus", "1"),
-        *("--include-dashboard", "true", "--dashboard-host", "127.0.0.1"),
-        *("--dashboard-port", str(dashboard), "--disable-usage-stats"),
-        *("--temp-dir", f"/tmp/ray-{os.getpid()}", "--object-store-memory", "80000000"),
-    ]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
-        )
-    url = f"http://127.0.0.1:{dashboard}"
-    try:
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            try:
-                if httpx.get(f"{url}/api/version", trust_env=False).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
+    with ray_cluster(tmp_path_factory.mktemp("ray"), num_cpus=1) as cluster:
+        yield cluster.dashboard
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import httpx
 import pytest
 import torch
 from openai import OpenAI
+from playwright.sync_api import expect
 
 from alter_cli.demo.server_process import RunningServer, serve
 from alter_cli.demo.tokenizer import train_tokenizer
@@ -29,6 +30,7 @@ from alter_eval.models import ServedModel, TransformersModel
 from alter_eval.multiple_choice import Question, Subject
 from alter_eval.source import Source
 from server.api.closed_routes import CLOSED_ROUTES
+from tests.support.browser import browser, browser_path, log_in
 from tests.support.tiny import VOCAB_SIZE, TinyBundles, make_bundles
 from tests.trainer.world import GENERAL
 from trainer.base_model import load_base_model
@@ -61,6 +63,7 @@ def server(
         f"from-start={bundles.experts['domain-0']}",
         "--alter-max-domains",
         "2",
+        "--alter-base-answers",
     )
     with serve(
         bundles.model, bundles.substrate, log, (*flags, "--max-model-len", "2048")
@@ -197,6 +200,40 @@ def test_a_trace_is_of_the_tokens_that_the_chat_route_computes(
     refused = admin.post("/admin/trace", json={"text": "fox " * 3000})
     assert refused.status_code == 422
     assert refused.json()["type"].endswith(":prompt")
+
+
+def test_answers_are_those_of_the_chat_route_and_of_the_base_model(
+    admin: httpx.Client, openai_client: OpenAI, server: RunningServer, bundles: TinyBundles
+) -> None:
+    chat = [{"role": "user", "content": QUESTION}]
+    answer = admin.post("/admin/answers", json={"messages": chat, "max_tokens": 8}).json()
+    completion = openai_client.chat.completions.create(
+        model="demo", messages=chat, temperature=0, max_tokens=8
+    )
+    assert answer["current"] == completion.choices[0].message.content
+    trace = admin.post("/admin/trace", json={"messages": chat}).json()
+    prompt = [token["token_id"] for token in trace["tokens"]]
+    base = load_base_model(bundles.model, device="cpu")
+    found = base.model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)
+    expected = base.tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)
+    assert answer["base"] == expected != answer["current"]
+
+    if browser_path() is None:
+        return
+    with browser() as chromium:
+        page = chromium.new_page()
+        log_in(page, server.url, server.admin_token)
+        page.get_by_role("link", name="Domains").click()
+        expect(page.get_by_role("row", name="from-start")).to_be_visible()
+        page.get_by_role("link", name="Trace").click()
+        page.get_by_label("Text", exact=True).fill(QUESTION)
+        page.get_by_role("button", name="Trace").click()
+        expect(page.locator("#base-answer")).to_be_visible(timeout=60_000)
+        assert page.locator("#base-answer").text_content()[:20] == expected[:20]
+        assert page.locator("#heat span").count() == len(prompt)
+        assert page.locator("#heat span:not(.h0)").count() == len(
+            [t for t in trace["tokens"] if any(e["expert"] != "retain" for e in t["experts"])]
+        )
 
 
 def test_multiple_choice_through_the_server_has_the_numbers_of_the_hugging_face_path(

@@ -44,16 +44,13 @@ from server.engine.base import (
 from server.lease import boot_clock
 from server.metrics import AlterMetrics
 from server.operations import Operation, OperationService
-from server.parts import Parts, deployment_of
+from server.parts import Parts, deployment_of, request_service
 from server.reconciler import Reconciler
 from server.registry import BundleStore, ImportPolicy, Registry
 from server.requests import jobs
 from server.requests import service as service_module
-from server.requests.book import RequestBook
 from server.requests.jobs import LocalJobs
-from server.requests.service import RequestService
 from server.requests.settings import RequestSettings
-from server.requests.workspace import Workspace
 from server.settings import token_digest
 from server.tokens import TokenStore
 from server.tracing import NO_TRACING, Tracing
@@ -371,17 +368,13 @@ def make_stack(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable
         replica = site.replica(audit_log=audit_log, tracing=tracing)
         service = None
         if requests is not None:
-            service = RequestService(
-                RequestBook(replica.parts.registry.database),
-                Workspace(site.folder / "work"),
-                replica.operations,
-                LocalJobs(1),
+            service = request_service(
+                replica.parts,
                 requests,
+                site.folder / "work",
+                LocalJobs(1),
                 model=site.folder,
                 substrate=site.folder,
-                may_generate=lambda: replica.reconciler.may_generate,
-                epoch=lambda: replica.service.epoch,
-                audit_log=audit_log,
             )
         runtime.open(
             replica.parts,

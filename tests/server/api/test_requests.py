@@ -28,6 +28,7 @@ from alter_core.errors import (
 )
 from server.audit import AuditLog, Cause
 from server.engine.base import Message, Writer
+from server.parts import request_service
 from server.registry import IdempotencyKey
 from server.requests.book import RequestBook
 from server.requests.intake import Upload
@@ -35,7 +36,6 @@ from server.requests.jobs import LocalJobs
 from server.requests.records import UnlearningRequest
 from server.requests.service import RequestService
 from server.requests.settings import RequestSettings
-from server.requests.workspace import Workspace
 from tests.support.tiny import TinyBundles
 
 from .conftest import MAX_DOMAINS, WAIT_S, Replica, Site
@@ -98,21 +98,17 @@ def open_office(
     async def opened(
         *, audit_log: AuditLog | None = None, writer: Writer | None = None, **settings: Any
     ) -> AsyncIterator[Office]:
-        replica = site.replica()
+        replica = site.replica(audit_log=audit_log)
         await replica.parts.start({})
         workspace = tmp_path / "work"
-        requests = RequestService(
-            RequestBook(replica.parts.registry.database),
-            Workspace(workspace),
-            replica.operations,
-            LocalJobs(1),
+        requests = request_service(
+            replica.parts,
             RequestSettings(**{"retain": (retain_file,)} | settings),
+            workspace,
+            LocalJobs(1),
             model=bundles.model,
             substrate=bundles.substrate,
-            may_generate=lambda: replica.reconciler.may_generate,
-            epoch=lambda: replica.service.epoch,
             writer=writer,
-            audit_log=audit_log,
         )
         requests.start()
         try:
@@ -155,11 +151,15 @@ def test_a_request_becomes_active_and_leaves_no_text(
 
     asyncio.run(test())
     told = [
-        (r.action, r.outcome, r.actor, r.reason) for r in audit_log.records() if r.action != "apply"
+        (r.action, r.outcome, r.actor, r.reason)
+        for r in audit_log.records()
+        if r.action not in ("apply", "start")
     ]
     assert told == [
         ("request", "begun", "legal", "case 7"),
         ("request", "created", "legal", "case 7"),
+        ("activate", "begun", "legal", "case 7"),
+        ("activate", "created", "legal", "case 7"),
         ("delete-text", "done", "server", "case 7"),
     ]
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -1,65 +1,36 @@
-"""From request to forgotten, and what it costs who is served meanwhile: `make bench-operator`.
+"""A request of 40 rows in the middle of a steady load of chats, and traces beside completions.
 
-    python -m benchmarks.operator            docs/results/operator.{json,md}
-    python -m benchmarks.operator --quick    shorter loads and fewer traces, in build/
-
-The demo's base model and substrate, made if they are missing, one `alter serve`, and a steady load of chats.
-A request of 40 rows is sent in the middle of it. Throughput is completion tokens a second, while the expert
-is trained and measured, over that before and after. A trace is set beside a completion of one token of the
-same length, each text sent once.
+Throughput is completion tokens a second, while the expert is trained and measured, over that before and
+after. A trace is set beside a completion of one token of the same length, each text sent once.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import dataclasses
 import itertools
 import json
 import random
-import shutil
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
-from rich.console import Console
 
-from alter_cli.demo import artefacts
 from alter_cli.demo.corpus import QA
-from alter_cli.demo.server_process import RunningServer, serve
+from alter_cli.demo.server_process import RunningServer
 from server.client import AdminClient
 
-from .results import write_results
+from .settings import Settings
+from .world import World
 
-FOLDER = Path("build/demo")
 NUM_ROWS = 40
 DOMAIN = "takedown"
 TRAINS = ("preparing", "training", "evaluating")
 TRACE_TOKENS = 256
-NOT_YET = {
-    "console_bytes": "there is no console yet",
-    "console_load_s": "there is no console yet",
-    "axe_violations": "there is no console yet",
-    "requests_lost_in_kills": "no such run yet; tests/server/api/test_requests.py kills at every state",
-    "ray_replicas": "no Ray Serve application yet",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Sizes of a run."""
-
-    load_s: float = 30.0
-    """Of steady load before and after."""
-    num_streams: int = 8
-    num_tokens: int = 48
-    """Of each answer."""
-    num_traces: int = 20
 
 
 class Load:
@@ -99,69 +70,24 @@ class Load:
         return tokens / (end - begin)
 
 
-def main() -> int:
-    """Measures and writes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    settings = Settings(load_s=10.0, num_traces=5) if options.quick else Settings()
-    console = Console(stderr=True)
-    corpus = artefacts.load_corpus(
-        "authors", num_authors=None, num_domains=2, data_dir=Path(), seed=options.seed
-    )
-    made = artefacts.make(corpus, FOLDER.absolute(), seed=options.seed, console=console)
-    folder = FOLDER.absolute() / "operator"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    files = corpus.save(folder / "data")
-    flags = [
-        *(
-            "--max-model-len",
-            "1024",
-            "--dtype",
-            made.dtype,
-            "--alter-workspace",
-            str(folder / "workspace"),
-        ),
-        *("--alter-retain", str(files["retain"]), "--alter-general", str(files["general"])),
-        *("--alter-general", str(files["unseen"])),
-    ]
-    rows = list(itertools.chain(*corpus.domains.values()))[:NUM_ROWS]
-    with serve(made.model, made.substrate, folder / "server.log", flags) as server:
-        server.wait_until_ready()
-        with AdminClient(server.url, server.admin_token) as client:
-            ratio = _traces(server, client, settings, options.seed)
-            notes = asyncio.run(_request(server, client, corpus.retain, rows, settings))
-    figures = {
+def measure(world: World, settings: Settings) -> dict[str, Any]:
+    """Seconds, ratios, and what the request went through."""
+    rows = list(itertools.chain(*world.corpus.domains.values()))[:NUM_ROWS]
+    with AdminClient(world.server.url, world.server.admin_token) as client:
+        ratios = _traces(world.server, client, settings)
+        notes = asyncio.run(_request(world.server, client, world.corpus.retain, rows, settings))
+    return {
         "request_to_active_s": notes.pop("request_to_active_s"),
         "serving_throughput_while_training": notes.pop("ratio"),
-        "trace_over_prefill": statistics.median(ratio),
-        **dict.fromkeys(NOT_YET),
+        "trace_over_prefill": statistics.median(ratios),
+        "spread": {"trace_over_prefill": (min(ratios), max(ratios))},
+        "notes": notes | {"num_rows": len(rows)},
     }
-    out = Path("build") if options.quick else options.out
-    path = write_results(
-        out,
-        "operator",
-        title="From request to forgotten",
-        figures=figures,
-        spread={"trace_over_prefill": (min(ratio), max(ratio))},
-        not_measured=NOT_YET,
-        notes=notes | {"num_rows": len(rows), "settings": dataclasses.asdict(settings)},
-        seed=options.seed,
-    )
-    print(path.with_suffix(".md").read_text("utf-8"))
-    return 0
 
 
-def _traces(
-    server: RunningServer, client: AdminClient, settings: Settings, seed: int
-) -> list[float]:
+def _traces(server: RunningServer, client: AdminClient, settings: Settings) -> list[float]:
     """Ratios of a trace to a prefill of other text of the same length."""
-    chance = random.Random(seed)
+    chance = random.Random(settings.seed)
 
     def text() -> str:
         return " ".join(f"{chance.randrange(10**6)}" for _ in range(TRACE_TOKENS // 4))
@@ -239,7 +165,3 @@ def _follow(client: AdminClient, rows: Sequence[QA]) -> list[tuple[str, float, s
         if seen.state in ("failed", "cancelled"):
             raise RuntimeError(f"the request has ended: {seen.state}, {seen.error}")
     return states
-
-
-if __name__ == "__main__":
-    sys.exit(main())
