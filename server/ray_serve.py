@@ -22,6 +22,9 @@ from server.api.runtime import AlterRuntime
 from server.launch import application, prepare
 from server.settings import ENV_PREFIX, ServeSettings
 
+MAX_ONGOING_REQUESTS = 1024
+"""Of a replica: vLLM queues them better than Serve does."""
+
 
 class Arguments(BaseModel):
     """`args` of the application in a Serve config file."""
@@ -47,12 +50,10 @@ class Arguments(BaseModel):
         return environment
 
 
-@serve.deployment(name="alter", max_ongoing_requests=1024, graceful_shutdown_timeout_s=60)
-@serve.ingress()
 class AlterReplica:
     """One server, with an engine of its own."""
 
-    async def __init__(self, arguments: Arguments) -> None:
+    async def __init__(self, arguments: Arguments) -> None:  # type: ignore[misc]
         os.environ.update(arguments.environment)
         args = prepare(arguments.model, ServeSettings.build(), arguments.vllm_args)
         self._stack = contextlib.AsyncExitStack()
@@ -73,4 +74,7 @@ class AlterReplica:
 
 def build(arguments: Arguments) -> serve.Application:
     """What a Serve config file imports."""
-    return AlterReplica.options(**arguments.deployment).bind(arguments)
+    deployment = serve.deployment(
+        name="alter", max_ongoing_requests=MAX_ONGOING_REQUESTS, graceful_shutdown_timeout_s=60
+    )(serve.ingress()(AlterReplica))
+    return deployment.options(**arguments.deployment).bind(arguments)

@@ -25,7 +25,9 @@ def measure(world: World, settings: Settings, images: Path) -> dict[str, Any]:
         loads = [_first_load(chromium, world) for _ in range(settings.num_loads)]
         found = {}
         for scheme in SCHEMES:
-            context = chromium.new_context(color_scheme=scheme, viewport=SIZE)
+            context = chromium.new_context(
+                color_scheme=scheme, viewport=SIZE, reduced_motion="reduce"
+            )
             page = context.new_page()
             page.goto(f"{server.url}/console/login")
             found[f"login, {scheme}"] = violations(page)

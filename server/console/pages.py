@@ -67,10 +67,11 @@ class Visit:
         """
         page = _environment().get_template(template)
         values |= {"root": self.root, "who": self.who, "path": self.request.url.path, "ends": ends}
-        if not self.is_poll:
-            return HTMLResponse(page.render(values), status_code=status_code)
-        block = "".join(page.blocks["live"](page.new_context(values)))
+        live = page.blocks.get("live")
+        block = "" if live is None else "".join(live(page.new_context(values)))
         seen = hashlib.sha256(block.encode()).hexdigest()[:16]
+        if not self.is_poll:
+            return HTMLResponse(page.render(values, seen=seen), status_code=status_code)
         if ends:
             return HTMLResponse(block, status_code=STOP_POLLING)
         if self.request.query_params.get("seen") == seen:

@@ -42,6 +42,13 @@ async def new_request(visit: Visit) -> Response:
 async def create_request(visit: Visit) -> Response:
     """Takes the form; if something is wrong with it, shows it again with what is no text to be forgotten."""
     form = await _multipart(visit)
+    try:
+        return await _create(visit, form)
+    finally:
+        await form.close()
+
+
+async def _create(visit: Visit, form: FormData) -> Response:
     given = {
         name: value.strip()
         for name, value in form.items()

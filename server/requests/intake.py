@@ -98,6 +98,13 @@ def parse_file(name: str, data: bytes) -> tuple[list[dict[str, Any]], list[dict[
             got=f"an invalid byte at {error.start}",
             fix="Convert it, or send its text alone.",
         ) from None
+    if not text.strip():
+        raise TrainingDataError(
+            "A document is empty",
+            expected="a text",
+            got=f"{len(data)} bytes without a word",
+            fix="Leave it out, or check how its text was extracted.",
+        )
     return [], [{"name": name, "text": text}]
 
 

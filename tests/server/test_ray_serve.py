@@ -156,3 +156,12 @@ def test_streams_are_passed_on_as_they_come(url: str) -> None:
         lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]"
     assert len([json.loads(line[6:]) for line in lines[:-1]]) >= 5
+
+
+def test_what_is_no_setting_of_ours_is_refused() -> None:
+    from server.ray_serve import Arguments
+
+    with pytest.raises(ValueError, match="runtime_env"):
+        Arguments(model="m", environment={"VLLM_API_KEY": "x"})
+    with pytest.raises(ValueError, match="replicas"):
+        Arguments.model_validate({"model": "m", "replicas": 2})
