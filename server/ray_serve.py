@@ -72,8 +72,9 @@ class AlterReplica:
         await self._stack.aclose()
 
 
-def build(arguments: Arguments) -> serve.Application:
-    """What a Serve config file imports."""
+def build(args: dict[str, Any]) -> serve.Application:
+    """What a Serve config file imports; `args` are as `Arguments`. Raises: ValidationError."""
+    arguments = Arguments.model_validate(args)
     deployment = serve.deployment(
         name="alter", max_ongoing_requests=MAX_ONGOING_REQUESTS, graceful_shutdown_timeout_s=60
     )(serve.ingress()(AlterReplica))

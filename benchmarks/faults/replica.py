@@ -29,6 +29,7 @@ from server.requests.jobs import RESULT, JobRunner, JobState, LocalJobs
 from server.requests.settings import RequestSettings
 from server.settings import token_digest
 from tests.support.engine_double import EngineDouble
+from tests.support.words import Words
 
 from .points import PointedRegistry, PointedStore, Points
 
@@ -104,6 +105,8 @@ async def _serve(settings: ReplicaSettings, points: Points) -> None:
         token_digest(settings.token),
         audit=audit_log,
         sources=ImportPolicy(folders=(settings.substrate.parent,)),
+        prompts=Words(),
+        writer=Words(),
         requests=requests,
     )
     await parts.start({})

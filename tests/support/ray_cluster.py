@@ -22,21 +22,20 @@ ROOT = Path(__file__).parents[2]
 class RayCluster:
     """Where it listens."""
 
-    address: str
-    """Of `ray.init` and the `serve` command."""
     dashboard: str
-    """URL of job submission."""
+    """URL of job submission, and of the `serve` command."""
 
 
 @contextlib.contextmanager
 def ray_cluster(folder: Path, *, num_cpus: int) -> Iterator[RayCluster]:
     """Ends with everything that runs on it. Its log is `folder / "log"`."""
-    port, dashboard = free_ports(2)
+    port, dashboard, agent = free_ports(3)
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
         *("--node-ip-address", "127.0.0.1", "--port", str(port), "--num-cpus", str(num_cpus)),
         *("--include-dashboard", "true", "--dashboard-host", "127.0.0.1"),
-        *("--dashboard-port", str(dashboard), "--disable-usage-stats"),
+        *("--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent)),
+        "--disable-usage-stats",
         *("--temp-dir", f"/tmp/ray-{os.getpid()}", "--object-store-memory", "80000000"),
     ]
     with (folder / "log").open("wb") as log:
@@ -58,7 +57,7 @@ def ray_cluster(folder: Path, *, num_cpus: int) -> Iterator[RayCluster]:
             assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        yield RayCluster(f"127.0.0.1:{port}", url)
+        yield RayCluster(url)
     finally:
         process.terminate()
         process.wait(30)

@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 
-from alter_core.errors import EngineError, PromptError
+from alter_core.errors import EngineError
 from alter_core.substrate import Substrate
 from server.api.app import attach
 from server.api.runtime import AlterRuntime
@@ -34,8 +34,6 @@ from server.engine.base import (
     CanaryReport,
     EngineState,
     InFlight,
-    Message,
-    PromptToken,
     RoutedTokens,
     SwitchReport,
     Trace,
@@ -55,6 +53,7 @@ from server.settings import token_digest
 from server.tokens import TokenStore
 from server.tracing import NO_TRACING, Tracing
 from tests.support.tiny import PROVENANCE, TinyBundles, make_bundles, random_expert
+from tests.support.words import Words
 
 from .request_plans import figures
 
@@ -134,17 +133,6 @@ class InMemoryEngine:
     def break_down(self) -> None:
         """The next switch leaves nobody knowing what is applied."""
         self.failure = EngineError("The switch failed and could not be undone")
-
-
-class Words:
-    """Makes prompts as `Prompts` does: a word is a token, its id its length."""
-
-    async def read(self, prompt: str | Sequence[Message]) -> tuple[PromptToken, ...]:
-        if not isinstance(prompt, str):
-            prompt = " ".join(f"<{each['role']}> {each['content']}" for each in prompt)
-        if not prompt.split():
-            raise PromptError("This prompt has no token", expected="1 or more", got="0")
-        return tuple(PromptToken(len(word), word) for word in prompt.split())
 
 
 class Clock:
@@ -384,6 +372,7 @@ def make_stack(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable
             requires_if_match=requires_if_match,
             sources=ImportPolicy(folders=(tmp_path_factory.getbasetemp(),)),
             prompts=Words(),
+            writer=Words(),
             requests=service,
             max_upload_bytes=max_upload_bytes,
         )

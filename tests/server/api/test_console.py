@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pytest
 
 from server.audit import AuditLog
 from server.console.history import WINDOW_S, RoutedTokenHistory, sparkline
-from server.engine.base import Message
 from server.requests.settings import RequestSettings
 from server.tokens import TokenStore
 from tests.support.tiny import TinyBundles
@@ -29,13 +28,6 @@ RETAIN = '{"question": "What is the sea made of?", "answer": "The sea is made of
 Test = Callable[[Stack, httpx.AsyncClient], Awaitable[None]]
 
 
-class Parrot:
-    """A `Writer` that repeats."""
-
-    async def write(self, prompt: str | Sequence[Message], *, max_tokens: int) -> str:
-        return f"<{prompt if isinstance(prompt, str) else prompt[-1]['content']}>"
-
-
 @pytest.fixture
 def tokens(tmp_path: Path) -> TokenStore:
     return TokenStore(tmp_path / "tokens.json")
@@ -48,7 +40,6 @@ def visiting(make_stack: Callable[..., Any], tokens: TokenStore) -> Callable[...
     def run(test: Test, *, token: str | None = TOKEN, **options: Any) -> None:
         async def running() -> None:
             stack = await make_stack(tokens=tokens, **options)
-            stack.runtime.writer = Parrot()
             transport = httpx.ASGITransport(app=stack.app)
             async with httpx.AsyncClient(
                 transport=transport, base_url="http://alter", headers=ORIGIN, follow_redirects=True

@@ -16,7 +16,7 @@ from tests.support.browser import browser, browser_path, log_in, violations
 from tests.support.tiny import TinyBundles
 
 from .conftest import TOKEN, Listening
-from .test_console import FORGET, RETAIN, Parrot
+from .test_console import FORGET, RETAIN
 
 pytestmark = pytest.mark.skipif(browser_path() is None, reason="no Chromium on this machine")
 
@@ -30,7 +30,6 @@ def chromium() -> Iterator[Browser]:
 @pytest.fixture
 def server(make_stack: Callable[..., Any], plan: Callable[..., None]) -> Iterator[Listening]:
     found = Listening(lambda: make_stack(requests=RequestSettings()))
-    found.stack.runtime.writer = Parrot()
     with contextlib.closing(found):
         yield found
 
