@@ -17,19 +17,20 @@ from typing import Any
 
 import httpx
 
-from alter_core.errors import AlterError
+from alter_core.errors import AlterError, RequestConflictError
 from benchmarks.faults.fleet import Replica, free_port
 from benchmarks.faults.replica import ReplicaSettings
 from server.client import AdminClient
 from server.registry.database import Database
 from server.requests.book import RequestBook
 from server.requests.jobs import LOCK
+from server.requests.records import STATES, State
 from tests.server.api.request_plans import figures
 from tests.support.tiny import make_bundles
 
 from .settings import Settings
 
-SERVER_STATES = (
+SERVER_STATES: tuple[State, ...] = (
     "queued",
     "preparing",
     "training",
@@ -37,7 +38,7 @@ SERVER_STATES = (
     "awaiting-approval",
     "activating",
 )
-JOB_STATES = ("training", "evaluating")
+JOB_STATES: tuple[State, ...] = ("training", "evaluating")
 TOKEN = "operator"
 DOMAIN = "takedown"
 TIMEOUT_S = 60.0
@@ -106,12 +107,13 @@ class _Office:
             DOMAIN, forget=[row], retain=RETAIN, approval="manual"
         ).id
 
-    def kill(self, victim: str, state: str, request_id: str) -> str:
+    def kill(self, victim: str, state: State, request_id: str) -> str:
         """Kills at a state, or as soon after it as can be; what the request was at then."""
         deadline = time.monotonic() + TIMEOUT_S
-        while (found := self._book.get(request_id).state) != state:
+        while STATES.index(found := self._book.get(request_id).state) < STATES.index(state):
             if found == "awaiting-approval":
-                self._client.approve_request(request_id)
+                with contextlib.suppress(RequestConflictError):  # approved, and gone on meanwhile
+                    self._client.approve_request(request_id)
             if state not in ("queued", "preparing", "training"):
                 self._go.touch()
             if time.monotonic() > deadline:
