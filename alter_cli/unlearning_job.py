@@ -9,6 +9,7 @@ files, no text of the request.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -29,12 +30,16 @@ from alter_eval.request_evaluation import evaluate_request
 from server.requests.jobs import LOCK, OUT, PROGRESS, RESULT, SPEC
 from server.requests.workspace import write_synced
 from trainer.base_model import load_base_model
+from trainer.router import EvidenceSettings
 from trainer.run import train
-from trainer.settings import TrainSettings
+from trainer.settings import ExpertSettings, TrainSettings
 
 NICENESS = 10
 """Serving comes first."""
 _REPORT_S = 0.5
+_FEW_ROWS = 100
+_FEW_STEPS = 80
+"""Of the expert of a request with so few rows: a third less work with the same figures (decision 0016)."""
 _MAX_RETAIN_ROWS = 128
 """So many rows of the retain sample are measured."""
 
@@ -76,6 +81,21 @@ class _Stage:
         self._reporter.write("training", self._name, completed, self._total)
 
 
+def training_of(num_rows: int) -> tuple[ExpertSettings, EvidenceSettings]:
+    """How an expert of so many rows is trained: small ones with fewer steps than `alter train` takes."""
+    expert, evidence = ExpertSettings(), EvidenceSettings()
+    if num_rows > _FEW_ROWS:
+        return expert, evidence
+    return (
+        dataclasses.replace(expert, min_steps=_FEW_STEPS),
+        dataclasses.replace(
+            evidence,
+            pointwise_steps=evidence.pointwise_steps // 2,
+            bag_steps=evidence.bag_steps // 2,
+        ),
+    )
+
+
 def run(folder: Path) -> dict[str, Any]:
     """Does the job; what `result.json` is to hold.
 
@@ -84,7 +104,10 @@ def run(folder: Path) -> dict[str, Any]:
     spec = json.loads((folder / SPEC).read_bytes())
     reporter = FileReporter(folder / PROGRESS)
     domain, forget = spec["domain"], Path(spec["forget"])
+    expert, evidence = training_of(len(read_rows([forget])))
     settings = TrainSettings(
+        expert_settings=expert,
+        evidence_settings=evidence,
         model=Path(spec["model"]),
         out=folder / OUT,
         forget={domain: forget},
@@ -103,11 +126,11 @@ def run(folder: Path) -> dict[str, Any]:
         return {"outcome": "nothing-to-forget"}
     base = load_base_model(settings.model, device=settings.device)
     substrate = Substrate.read(Path(spec["substrate"]), base.info)
-    expert = ForgetExpert.read(trained.experts[domain], substrate)
+    made = ForgetExpert.read(trained.experts[domain], substrate)
     figures = evaluate_request(
         base,
         substrate,
-        expert,
+        made,
         read_rows([forget]),
         read_rows(settings.retain)[:_MAX_RETAIN_ROWS],
         max_tokens=min(settings.max_tokens, base.max_tokens),
@@ -116,7 +139,7 @@ def run(folder: Path) -> dict[str, Any]:
             "evaluating", "evaluation", done, total, is_due=True
         ),
     )
-    figures["router"] = (expert.evaluation or {}).get("router")
+    figures["router"] = (made.evaluation or {}).get("router")
     return {
         "outcome": "trained",
         "bundle": str(trained.experts[domain].relative_to(folder)),

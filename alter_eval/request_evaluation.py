@@ -63,7 +63,8 @@ def evaluate_request(
     asked = [row for row in forget if row.turns[0][0] in ("user", "prompt")]
     sets = {"forget": encoded(forget), "retain": encoded(retain)}
     if asked:
-        sets["asked"] = encoded(asked)
+        if len(asked) < len(forget):
+            sets["asked"] = encoded(asked)
         for name, rewrite in ATTACKS.items():
             sets[name] = encoded([_rewritten(row, rewrite, n) for n, row in enumerate(asked)])
     total = 2 * len(sets) + 1
@@ -94,7 +95,7 @@ def evaluate_request(
 
     leak = None
     if asked:
-        leak = interval(after["rephrased"] - after["asked"], seed)
+        leak = interval(after["rephrased"] - after.get("asked", after["forget"]), seed)
     ratio = interval_of_ratio(after["retain"], before["retain"], seed)
     return {
         "forget_probability": change("forget")

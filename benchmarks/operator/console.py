@@ -15,6 +15,8 @@ from .settings import Settings
 from .world import World
 
 SCHEMES = ("light", "dark")
+SHOWN = (("trace", "light"), ("request", "dark"))
+"""On the README's first page."""
 SIZE = {"width": 1200, "height": 900}
 
 
@@ -34,9 +36,11 @@ def measure(world: World, settings: Settings, images: Path) -> dict[str, Any]:
             log_in(page, server.url, server.admin_token)
             for name in _pages(page, world):
                 found[f"{name}, {scheme}"] = violations(page)
-                if name in ("fleet", "domains", "trace", "request"):
+                if (name, scheme) in SHOWN:
                     images.mkdir(parents=True, exist_ok=True)
-                    page.screenshot(path=images / f"console-{name}-{scheme}.png")
+                    page.screenshot(
+                        path=images / f"console-{name}-{scheme}.png", full_page=name == "trace"
+                    )
             context.close()
     return {
         "console_bytes": max(size for size, _ in loads),
@@ -74,7 +78,7 @@ def _pages(page: Page, world: World) -> Iterator[str]:
     page.get_by_role("heading", name="Fleet").wait_for()
     yield "fleet"
     page.get_by_role("link", name="Domains").click()
-    page.get_by_role("link", name="Activate a bundle").click()
+    page.get_by_role("button", name="Activate a bundle").click()
     yield "activate"
     page.get_by_label("Name of the domain").fill("authors")
     page.get_by_label("Bundle").fill(str(world.expert))
@@ -90,7 +94,7 @@ def _pages(page: Page, world: World) -> Iterator[str]:
     page.locator("#heat").wait_for(timeout=120_000)
     yield "trace"
     page.get_by_role("link", name="Requests").click()
-    page.get_by_role("link", name="Ask for a domain").click()
+    page.get_by_role("button", name="Ask for a domain").click()
     yield "new request"
     page.get_by_role("link", name="Requests").click()
     yield "requests"

@@ -21,6 +21,8 @@ from alter_eval.request_evaluation import (
 from server.requests.gate import Gate
 from trainer import TrainResult
 from trainer.base_model import BaseModel
+from trainer.router import EvidenceSettings
+from trainer.settings import ExpertSettings
 
 from .world import World, rows_of, write_jsonl
 
@@ -169,3 +171,12 @@ def test_intervals() -> None:
     ratio = interval_of_ratio(values / 2, values, seed=0)
     assert [ratio[key] for key in ("low", "mean", "high")] == pytest.approx([0.5] * 3)
     assert interval(values[:1], seed=0) == {"mean": 0.0, "low": None, "high": None}
+
+
+def test_small_requests_train_for_less_and_others_as_ever() -> None:
+    expert, evidence = unlearning_job.training_of(100)
+    usual = ExpertSettings(), EvidenceSettings()
+    assert unlearning_job.training_of(101) == usual
+    assert expert.num_steps(40) < usual[0].num_steps(40)
+    assert expert.num_steps(4000) == usual[0].num_steps(4000)
+    assert evidence.num_steps == usual[1].num_steps // 2
