@@ -179,4 +179,4 @@ def test_small_requests_train_for_less_and_others_as_ever() -> None:
     assert unlearning_job.training_of(101) == usual
     assert expert.num_steps(40) < usual[0].num_steps(40)
     assert expert.num_steps(4000) == usual[0].num_steps(4000)
-    assert evidence.num_steps == usual[1].num_steps // 2
+    assert evidence.num_steps == usual[1].num_steps // 3
