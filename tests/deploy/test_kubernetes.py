@@ -12,7 +12,7 @@ import pytest
 import typer
 import yaml
 
-from alter_cli.main import app as main_app
+from alter_cli.main import whole_app
 from server.api.health import LIVE, READY
 from server.reconciler import STOP_TIMEOUT_S
 from server.registry.database import DEFAULT_TIMEOUT_S
@@ -216,7 +216,7 @@ def test_a_training_job_runs_what_alter_takes_with_what_the_servers_have() -> No
     line = [*container["command"], *container["args"]]
     line = [re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], word) for word in line]
     assert line[:2] == ["alter", "train"]
-    command = typer.main.get_command(main_app).commands["train"]
+    command = typer.main.get_command(whole_app()).commands["train"]
     asked = command.make_context("train", line[2:]).params
     assert asked["resume"]
     assert str(asked["substrate"]) == CONFIG["ALTER_SUBSTRATE"]

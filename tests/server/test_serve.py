@@ -229,7 +229,9 @@ def test_answers_are_those_of_the_chat_route_and_of_the_base_model(
         page.get_by_label("Text", exact=True).fill(QUESTION)
         page.get_by_role("button", name="Trace").click()
         expect(page.locator("#base-answer")).to_be_visible(timeout=60_000)
-        assert page.locator("#base-answer").text_content()[:20] == expected[:20]
+        # A browser shows characters that a page may not hold as others.
+        shown = page.locator("#base-answer").text_content() or ""
+        assert re.findall("[a-z]+", shown) == re.findall("[a-z]+", expected)
         assert page.locator("#heat span").count() == len(prompt)
         assert page.locator("#heat span:not(.h0)").count() == len(
             [t for t in trace["tokens"] if any(e["expert"] != "retain" for e in t["experts"])]

@@ -102,7 +102,7 @@ def test_every_route_of_vllm_that_may_generate_is_refused_without_trust(
     app = build_vllm_app(monkeypatch, "--enable-scale-out")
     open_paths = {
         "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc", "/load",
-        "/metrics", "/version", "/v1/models", "/admin", "/health/live",
+        "/metrics", "/version", "/v1/models", "/admin", "/console", "/health/live",
     }  # fmt: skip
 
     async def run() -> None:
