@@ -104,7 +104,8 @@ def run(folder: Path) -> dict[str, Any]:
     spec = json.loads((folder / SPEC).read_bytes())
     reporter = FileReporter(folder / PROGRESS)
     domain, forget = spec["domain"], Path(spec["forget"])
-    expert, evidence = training_of(len(read_rows([forget])))
+    rows = read_rows([forget])
+    expert, evidence = training_of(len(rows))
     settings = TrainSettings(
         expert_settings=expert,
         evidence_settings=evidence,
@@ -131,7 +132,7 @@ def run(folder: Path) -> dict[str, Any]:
         base,
         substrate,
         made,
-        read_rows([forget]),
+        rows,
         read_rows(settings.retain)[:_MAX_RETAIN_ROWS],
         max_tokens=min(settings.max_tokens, base.max_tokens),
         seed=settings.seed,

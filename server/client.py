@@ -117,13 +117,12 @@ class AdminClient:
 
     def trace(self, prompt: str | Sequence[Message]) -> Trace:
         """How a text, or a chat, is routed, token by token. Raises: PromptError."""
-        body = {"text": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
-        return self._ask("POST", "/trace", Trace, body=body)
+        return self._ask("POST", "/trace", Trace, body=_prompt_body(prompt))
 
     def answers(self, prompt: str | Sequence[Message], *, max_tokens: int = 64) -> Answers:
         """What is answered now, and what the base model would answer. Raises: PromptError."""
-        body = {"text": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
-        return self._ask("POST", "/answers", Answers, body={**body, "max_tokens": max_tokens})
+        body = _prompt_body(prompt) | {"max_tokens": max_tokens}
+        return self._ask("POST", "/answers", Answers, body=body)
 
     def operation(self, operation_id: str, *, wait_s: int = 0) -> Operation:
         """How far a change has come; waits up to `wait_s` for it to be active or failed."""
@@ -344,6 +343,10 @@ def _path(name: str) -> str:
 
 def _request_path(request_id: str) -> str:
     return f"{_REQUESTS}/{quote(request_id, safe='')}"
+
+
+def _prompt_body(prompt: str | Sequence[Message]) -> dict[str, Any]:
+    return {"text": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
 
 
 def _conditions(if_epoch: int | None, idempotency_key: str | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from alter_core.errors import ConfigError
 from server.api.request_models import UnlearningRequest
 from server.client import DEFAULT_URL
 from server.evidence import read_certificate, read_envelope, render_certificate, verified
-from server.requests.intake import parse_file
+from server.requests.intake import parse_files, parse_retain
 from server.requests.records import Approval
 
 from .cli import AsJson, Reason, TokenFile, Url, admin_client, print_json, reported
@@ -72,15 +73,8 @@ def create_command(
     as_json: AsJson = False,
 ) -> None:
     """Upload what is to be forgotten; the server trains an expert, measures it and activates it."""
-    rows, documents = _read(files or [])
-    kept, prose = _read(retain or [])
-    if prose:
-        raise ConfigError(
-            "A retain sample is rows",
-            expected="files whose names end in .jsonl",
-            got=", ".join(each["name"] for each in prose),
-            fix="Write one row a line.",
-        )
+    rows, documents = parse_files(_contents(files or []))
+    kept = parse_retain(_contents(retain or []))
     with admin_client(url, token_file) as client:
         request = client.create_request(
             domain,
@@ -218,15 +212,9 @@ def evidence_verify_command(
     typer.echo(f"audit log: {document['audit']['head']}")
 
 
-def _read(files: list[Path]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Raises: ConfigError, TrainingDataError."""
-    rows: list[dict[str, Any]] = []
-    documents: list[dict[str, str]] = []
-    for path in files:
-        more_rows, more_documents = parse_file(path.name, _bytes_of(path))
-        rows += more_rows
-        documents += more_documents
-    return rows, documents
+def _contents(files: list[Path]) -> Iterator[tuple[str, bytes]]:
+    """Raises: ConfigError."""
+    return ((path.name, _bytes_of(path)) for path in files)
 
 
 def _bytes_of(path: Path) -> bytes:

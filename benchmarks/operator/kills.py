@@ -24,21 +24,14 @@ from server.client import AdminClient
 from server.registry.database import Database
 from server.requests.book import RequestBook
 from server.requests.jobs import LOCK
-from server.requests.records import STATES, State
+from server.requests.records import STATES, WITH_JOB, State
 from tests.server.api.request_plans import figures
 from tests.support.tiny import make_bundles
 
 from .settings import Settings
 
-SERVER_STATES: tuple[State, ...] = (
-    "queued",
-    "preparing",
-    "training",
-    "evaluating",
-    "awaiting-approval",
-    "activating",
-)
-JOB_STATES: tuple[State, ...] = ("training", "evaluating")
+SERVER_STATES = STATES[: STATES.index("active")]
+JOB_STATES = tuple(state for state in STATES if state in WITH_JOB)
 TOKEN = "operator"
 DOMAIN = "takedown"
 TIMEOUT_S = 60.0

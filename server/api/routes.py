@@ -296,13 +296,12 @@ async def answers(body: AnswersRequest, request: Request, parts: With) -> Respon
     prompts, writer = runtime.prompts, runtime.writer
     if prompts is None or writer is None or not runtime.is_serving:
         raise _not_serving()
-    prompt = await prompts.read(body.prompt)
     current = await writer.write(body.prompt, max_tokens=body.max_tokens)
     if not runtime.is_serving:  # or it may have been computed without a domain
         raise _not_serving()
     epoch, base = parts.service.epoch, None
     if runtime.base_answers is not None:
-        token_ids = [token.token_id for token in prompt]
+        token_ids = [token.token_id for token in await prompts.read(body.prompt)]
         await _record_base_answer(request, "begun")
         try:
             base = await runtime.base_answers.answer(token_ids, max_tokens=body.max_tokens)

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -22,6 +22,7 @@ from server.api.models import Whoami
 from server.api.request_ids import request_id_of
 from server.api.runtime import AlterRuntime
 from server.client import AdminClient
+from server.evidence.certificate import figure
 
 from .inside import InsideTransport, inside_client
 from .session import log_out, token_of
@@ -49,11 +50,6 @@ class Visit:
         """Where the console is mounted."""
         return str(self.request.scope["root_path"])
 
-    @property
-    def is_poll(self) -> bool:
-        """True if only the part of the page that changes is wanted."""
-        return "hx-request" in self.request.headers
-
     async def ask(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The answer of a method of `client`. Raises: AlterError."""
         return await asyncio.to_thread(method, *args, **kwargs)
@@ -70,7 +66,7 @@ class Visit:
         live = page.blocks.get("live")
         block = "" if live is None else "".join(live(page.new_context(values)))
         seen = hashlib.sha256(block.encode()).hexdigest()[:16]
-        if not self.is_poll:
+        if not is_poll(self.request):
             return HTMLResponse(page.render(values, seen=seen), status_code=status_code)
         if ends:
             return HTMLResponse(block, status_code=STOP_POLLING)
@@ -107,6 +103,11 @@ def page(handler: Page) -> Callable[[Request], Awaitable[Response]]:
     return endpoint
 
 
+def is_poll(request: Request) -> bool:
+    """True if only the part of the page that changes is wanted."""
+    return "hx-request" in request.headers
+
+
 def transport_of(request: Request) -> InsideTransport:
     """The way to `/admin` for whoever sent a request."""
     runtime: AlterRuntime = request.app.state.alter
@@ -123,7 +124,7 @@ def transport_of(request: Request) -> InsideTransport:
 def to_login(request: Request) -> Response:
     """Also forgets a token that holds no longer."""
     place = request.scope["root_path"] + "/login"
-    if "hx-request" in request.headers:
+    if is_poll(request):
         response = Response(headers={"HX-Redirect": place})
     else:
         response = RedirectResponse(place, status_code=HTTPStatus.SEE_OTHER)
@@ -135,10 +136,9 @@ def problem_page(request: Request, error: AlterError, status: int | None) -> Res
     """What `/admin`, or a form, says is wrong."""
     if status is None or status < HTTPStatus.BAD_REQUEST:
         status = HTTPStatus.UNPROCESSABLE_ENTITY
-    is_poll = "hx-request" in request.headers
     template = _environment().get_template("problem.html.jinja")
     values = {"root": request.scope["root_path"], "who": None, "path": "", "problem": error}
-    if is_poll:
+    if is_poll(request):
         return HTMLResponse("".join(template.blocks["live"](template.new_context(values))))
     return HTMLResponse(template.render(values), status_code=status)
 
@@ -161,7 +161,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"moment": _moment, "figure": _figure, "short": _short, "badge": _badge}
+    environment.filters |= {"moment": _moment, "figure": figure, "short": _short, "badge": _badge}
     environment.globals["asset"] = _asset
     return environment
 
@@ -180,14 +180,6 @@ def _moment(time: datetime | None) -> Markup:
     return Markup('<time datetime="{}">{}</time>').format(
         utc.isoformat(timespec="seconds"), utc.strftime("%Y-%m-%d %H:%M:%S UTC")
     )
-
-
-def _figure(value: Mapping[str, float | None] | None) -> str:
-    if value is None:
-        return "not measured"
-    low, high = value.get("low"), value.get("high")
-    interval = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
-    return f"{value['mean']:.3f}{interval}"
 
 
 def _badge(state: str) -> Markup:

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, Response
 from alter_core.errors import AlterError, ConfigError
 from server.evidence import render_certificate
 from server.evidence.document import payload_of
-from server.requests.intake import parse_file
+from server.requests.intake import parse_files, parse_retain
 from server.requests.records import ENDED, Approval
 
 from .pages import Page, Visit
@@ -55,17 +55,10 @@ async def _create(visit: Visit, form: FormData) -> Response:
         if isinstance(value, str) and name != "text"
     }
     try:
-        rows, documents = await _read(form.getlist("files"))
+        rows, documents = parse_files(await _contents(form.getlist("files")))
         if text := str(form.get("text") or "").strip():
             documents.append({"name": _PASTED, "text": text})
-        retain, prose = await _read(form.getlist("retain"))
-        if prose:
-            raise ConfigError(
-                "A retain sample is rows",
-                expected="files whose names end in .jsonl",
-                got="another file",
-                fix="Write one row a line.",
-            )
+        retain = parse_retain(await _contents(form.getlist("retain")))
         request = await visit.ask(
             visit.client.create_request,
             given.get("domain", ""),
@@ -163,17 +156,13 @@ async def _multipart(visit: Visit) -> FormData:
         ) from error
 
 
-async def _read(files: Sequence[UploadFile | str]) -> tuple[list[Any], list[dict[str, str]]]:
-    """Rows and documents. Raises: TrainingDataError."""
-    rows: list[Any] = []
-    documents: list[dict[str, str]] = []
-    for file in files:
-        # Browsers send a nameless, empty one where none was chosen.
-        if isinstance(file, UploadFile) and file.filename:
-            more_rows, more_documents = parse_file(file.filename, await file.read())
-            rows += more_rows
-            documents += more_documents
-    return rows, documents
+async def _contents(files: Sequence[UploadFile | str]) -> list[tuple[str, bytes]]:
+    """Browsers send a nameless, empty file where none was chosen."""
+    return [
+        (file.filename, await file.read())
+        for file in files
+        if isinstance(file, UploadFile) and file.filename
+    ]
 
 
 def _approval(text: str) -> Approval:

@@ -65,11 +65,12 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["figure"] = _figure
+    environment.filters["figure"] = figure
     return environment.get_template("certificate.html.jinja")
 
 
-def _figure(value: Mapping[str, float | None] | None) -> str:
+def figure(value: Mapping[str, float | None] | None) -> str:
+    """A mean with the bounds of its interval, if there are any."""
     if value is None:
         return "not measured"
     text = f"{value['mean']:.3f}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import fsspec
 
-from alter_core.errors import TrainingDataError
+from alter_core.errors import ConfigError, TrainingDataError
 from alter_core.rows import Row, check_disjoint, data_digest, parse_rows, read_rows
 
 from .records import Approval
@@ -106,6 +106,32 @@ def parse_file(name: str, data: bytes) -> tuple[list[dict[str, Any]], list[dict[
             fix="Leave it out, or check how its text was extracted.",
         )
     return [], [{"name": name, "text": text}]
+
+
+def parse_files(
+    files: Iterable[tuple[str, bytes]],
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Rows and documents of several files, as names and contents. Raises: TrainingDataError."""
+    rows: list[dict[str, Any]] = []
+    documents: list[dict[str, str]] = []
+    for name, data in files:
+        more_rows, more_documents = parse_file(name, data)
+        rows += more_rows
+        documents += more_documents
+    return rows, documents
+
+
+def parse_retain(files: Iterable[tuple[str, bytes]]) -> list[dict[str, Any]]:
+    """Rows of files that may hold nothing else. Raises: TrainingDataError, ConfigError for a document."""
+    rows, documents = parse_files(files)
+    if documents:
+        raise ConfigError(
+            "A retain sample is rows",
+            expected="files whose names end in .jsonl",
+            got=", ".join(each["name"] for each in documents),
+            fix="Write one row a line.",
+        )
+    return rows
 
 
 def read_source(
