@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from alter_core.errors import ConfigError, UnsupportedModelError
 from alter_core.fingerprint import BaseModelInfo
+from alter_core.machine import fast_dtype
 
 from .batches import Batch
 
@@ -36,13 +37,10 @@ class BaseModel:
     info: BaseModelInfo
     device: torch.device
     """Where the model lives."""
+    dtype: torch.dtype
+    """The checkpoint's, in which bundles are written too. The model computes in it, or in float32."""
     mixed_precision: str = "no"
     """`bf16`: forward passes run under autocast."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The checkpoint's dtype, in which bundles are written too."""
-        return self.model.dtype
 
     @property
     def max_tokens(self) -> int:
@@ -90,7 +88,7 @@ def load_base_model(
     mixed_precision: str = "no",
     has_double_backward: bool = False,
 ) -> BaseModel:
-    """Loads a model folder in its own dtype, frozen.
+    """Loads a model folder, frozen, in its own dtype; in float32 on a processor that would emulate bfloat16.
 
     `has_double_backward` picks the attention that can be differentiated twice.
     Raises: UnsupportedModelError, ConfigError.
@@ -113,8 +111,12 @@ def load_base_model(
         )
     model.requires_grad_(False)
     model.eval()
+    dtype = model.dtype
+    if place.type == "cpu" and dtype == torch.bfloat16 and dtype != fast_dtype():
+        model.float()
     return BaseModel(
         model=model.to(place),
+        dtype=dtype,
         tokenizer=tokenizer,
         info=info,
         device=place,

@@ -59,5 +59,5 @@ def hardware(base: BaseModel) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "machine": platform.machine(),
         "torch_threads": torch.get_num_threads(),
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": str(base.model.dtype).removeprefix("torch."),
     }

@@ -194,7 +194,7 @@ class TrainSettings:
     device: str = "auto"
     """auto, cpu or cuda."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """`no` computes in the checkpoint's dtype; `bf16` runs a float32 model under autocast."""
+    """`no` computes as `load_base_model` says; `bf16` runs a float32 model under autocast."""
     resume: bool = False
     """Go on where an interrupted run with the same settings stopped."""
 

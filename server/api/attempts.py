@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alter_core.errors import AuditError
-from server.audit import Action, AuditEntry, Cause
+from server.audit import Action, AuditEntry, Cause, Outcome
 from server.domain_rules import is_domain_name
 from server.tokens import Principal
 from server.tracing import NO_TRACING
@@ -81,7 +81,7 @@ class AttemptMiddleware:
                 begin, held = held, None
                 try:
                     kind = _problem_kind(message.get("body", b""))
-                    await self._record(attempt, action, name, kind)
+                    await self._refused(attempt, action, name, kind)
                 except AuditError as error:
                     # Problem documents are sent in one piece: nothing of the first one follows.
                     headers = {REQUEST_ID: attempt.request_id}
@@ -96,25 +96,38 @@ class AttemptMiddleware:
         with (NO_TRACING if parts is None else parts.tracing).continued(Headers(scope=scope)):
             await self._app(scope, receive, forward)
 
-    async def _record(self, attempt: Attempt, action: Action, name: str | None, kind: str) -> None:
+    async def _refused(self, attempt: Attempt, action: Action, name: str | None, kind: str) -> None:
         """Raises: AuditError."""
         if self._runtime.parts is not None:
             self._runtime.parts.metrics.count_operation(action, "refused")
-        if self._runtime.audit is None:
-            return
-        entry = AuditEntry(
-            actor=attempt.principal.name,
-            request_id=attempt.request_id,
-            action=action,
-            domain=name,
-            epoch_before=self._runtime.epoch,
-            epoch_after=self._runtime.epoch,
-            digest=None,
-            reason=None,
-            outcome="refused",
-            error=kind,
-        )
-        await asyncio.to_thread(self._runtime.audit.append, entry)
+        await record_attempt(self._runtime, attempt, action, "refused", domain=name, error=kind)
+
+
+async def record_attempt(
+    runtime: AlterRuntime,
+    attempt: Attempt,
+    action: Action,
+    outcome: Outcome,
+    *,
+    domain: str | None = None,
+    error: str | None = None,
+) -> None:
+    """Into the server's own log, if it has one, what changes no epoch. Raises: AuditError."""
+    if runtime.audit is None:
+        return
+    entry = AuditEntry(
+        actor=attempt.principal.name,
+        request_id=attempt.request_id,
+        action=action,
+        domain=domain,
+        epoch_before=runtime.epoch,
+        epoch_after=runtime.epoch,
+        digest=None,
+        reason=None,
+        outcome=outcome,
+        error=error,
+    )
+    await asyncio.to_thread(runtime.audit.append, entry)
 
 
 def _change(scope: Scope) -> tuple[Action | None, str | None]:

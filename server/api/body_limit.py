@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,15 +14,28 @@ from .runtime import AlterRuntime
 MAX_BODY_BYTES = 64 * 2**10
 UPLOADS = "/unlearning-requests"
 
+Refuse = Callable[[ProblemError, Scope], ASGIApp]
+
+
+def _refuse(error: ProblemError, scope: Scope) -> ASGIApp:
+    return problem_response(error.problem, scope["path"])
+
 
 class BodyLimit:
     """Pure ASGI: reads the body, or refuses it as soon as it is too large; never holds more.
 
-    `uploads`: the path of what may be larger.
+    `uploads`: the path of what may be larger. `refuse`: how a refusal is told.
     """
 
-    def __init__(self, app: ASGIApp, runtime: AlterRuntime, uploads: str = UPLOADS) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        runtime: AlterRuntime,
+        uploads: str = UPLOADS,
+        refuse: Refuse = _refuse,
+    ) -> None:
         self._app = app
+        self._refuse = refuse
         self._runtime = runtime
         self._uploads = uploads
 
@@ -36,8 +50,8 @@ class BodyLimit:
             body += message.get("body", b"")
             has_more = message.get("more_body", False)
             if len(body) > max_bytes:
-                error = _too_large(max_bytes, is_upload)
-                await problem_response(error.problem, scope["path"])(scope, receive, send)
+                refusal = self._refuse(_too_large(max_bytes, is_upload), scope)
+                await refusal(scope, receive, send)
                 return
         is_given = False
 

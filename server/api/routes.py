@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from http import HTTPStatus
 from pathlib import Path
@@ -22,12 +21,12 @@ from alter_core.errors import (
     SwitchError,
     problem_kind,
 )
-from server.audit import MAX_REASON_LENGTH, AuditEntry, Outcome, check_reason
+from server.audit import MAX_REASON_LENGTH, check_reason
 from server.domain_rules import Precondition
 from server.operations import Operation as OperationRecord
 from server.parts import Parts
 
-from .attempts import attempt_of
+from .attempts import attempt_of, record_attempt
 from .conditions import etag, precondition
 from .idempotency import REPLAYED, idempotency_of
 from .models import (
@@ -302,37 +301,16 @@ async def answers(body: AnswersRequest, request: Request, parts: With) -> Respon
     epoch, base = parts.service.epoch, None
     if runtime.base_answers is not None:
         token_ids = [token.token_id for token in await prompts.read(body.prompt)]
-        await _record_base_answer(request, "begun")
+        attempt = attempt_of(request)
+        await record_attempt(runtime, attempt, "base-answer", "begun")
         try:
             base = await runtime.base_answers.answer(token_ids, max_tokens=body.max_tokens)
         except AlterError as error:
-            await _record_base_answer(request, "failed", error)
+            kind = problem_kind(type(error))
+            await record_attempt(runtime, attempt, "base-answer", "failed", error=kind)
             raise
-        await _record_base_answer(request, "done")
+        await record_attempt(runtime, attempt, "base-answer", "done")
     return _json(Answers(epoch=epoch, current=current, base=base), epoch)
-
-
-async def _record_base_answer(
-    request: Request, outcome: Outcome, error: AlterError | None = None
-) -> None:
-    """Raises: AuditError, and nothing is shown."""
-    runtime: AlterRuntime = request.app.state.alter
-    if runtime.audit is None:
-        return
-    attempt = attempt_of(request)
-    entry = AuditEntry(
-        actor=attempt.principal.name,
-        request_id=attempt.request_id,
-        action="base-answer",
-        domain=None,
-        epoch_before=runtime.epoch,
-        epoch_after=runtime.epoch,
-        digest=None,
-        reason=None,
-        outcome=outcome,
-        error=None if error is None else problem_kind(type(error)),
-    )
-    await asyncio.to_thread(runtime.audit.append, entry)
 
 
 def _not_serving() -> ProblemError:

@@ -12,9 +12,11 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Scope
 
 from alter_core.errors import AlterError, ConfigError
 from server.api.body_limit import BodyLimit
+from server.api.problems import ProblemError
 from server.api.runtime import AlterRuntime
 
 from . import fleet, requests, trace
@@ -58,7 +60,7 @@ def console_app(runtime: AlterRuntime) -> Starlette:
         ],
         middleware=[
             Middleware(SameOrigin),
-            Middleware(BodyLimit, runtime=runtime, uploads=UPLOADS),
+            Middleware(BodyLimit, runtime=runtime, uploads=UPLOADS, refuse=_refuse),
         ],
         exception_handlers={HTTPStatus.NOT_FOUND: _not_found},
     )
@@ -108,6 +110,14 @@ async def _login(request: Request) -> Response:
 
 async def _logout(request: Request) -> Response:
     return to_login(request)
+
+
+def _refuse(error: ProblemError, scope: Scope) -> ASGIApp:
+    problem = error.problem
+    told = AlterError(
+        problem.detail, expected=problem.expected, got=problem.got, fix=problem.fix
+    )
+    return problem_page(Request(scope), told, problem.status)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from typing import cast, get_args
 
 from starlette.responses import Response
 
-from alter_core.errors import ConfigError
 from server.engine.base import InFlight
 
+from .fields import choice_of, epoch_of, text_of
 from .history import HEIGHT, WIDTH, RoutedTokenHistory, sparkline
 from .pages import Page, Visit
 
@@ -51,9 +50,9 @@ async def ask_to_activate(visit: Visit) -> Response:
     active = {domain.name: domain for domain in answer.domains}
     return visit.show(
         "confirm_activate.html.jinja",
-        name=_text(given, "name"),
-        bundle=_text(given, "bundle"),
-        in_flight=_in_flight(given),
+        name=text_of(given, "name"),
+        bundle=text_of(given, "bundle"),
+        in_flight=cast(InFlight, choice_of(given, "in_flight", get_args(InFlight))),
         replaced=active.get(given["name"].strip()),
         epoch=answer.epoch,
         key=str(uuid.uuid4()),
@@ -65,11 +64,11 @@ async def activate(visit: Visit) -> Response:
     given = await _form(visit)
     operation = await visit.ask(
         visit.client.activate,
-        _text(given, "name"),
-        _text(given, "bundle"),
-        in_flight=_in_flight(given),
-        if_epoch=_epoch(given),
-        idempotency_key=_text(given, "key"),
+        text_of(given, "name"),
+        text_of(given, "bundle"),
+        in_flight=cast(InFlight, choice_of(given, "in_flight", get_args(InFlight))),
+        if_epoch=epoch_of(given),
+        idempotency_key=text_of(given, "key"),
         reason=given.get("reason", "").strip() or None,
         is_awaited=False,
     )
@@ -91,8 +90,8 @@ async def revoke(visit: Visit) -> Response:
     operation = await visit.ask(
         visit.client.revoke,
         visit.request.path_params["name"],
-        if_epoch=_epoch(given),
-        idempotency_key=_text(given, "key"),
+        if_epoch=epoch_of(given),
+        idempotency_key=text_of(given, "key"),
         reason=given.get("reason", "").strip() or None,
         is_awaited=False,
     )
@@ -110,36 +109,3 @@ async def show_operation(visit: Visit) -> Response:
 async def _form(visit: Visit) -> dict[str, str]:
     form = await visit.request.form()
     return {name: value for name, value in form.items() if isinstance(value, str)}
-
-
-def _text(given: Mapping[str, str], name: str) -> str:
-    """Raises: ConfigError."""
-    text = given.get(name, "").strip()
-    if not text:
-        raise ConfigError(
-            f"The field `{name}` is empty", expected="a value", got="none", fix="Fill it in."
-        )
-    return text
-
-
-def _in_flight(given: Mapping[str, str]) -> InFlight:
-    """Raises: ConfigError."""
-    found = given.get("in_flight", "recompute")
-    if found not in get_args(InFlight):
-        raise ConfigError(
-            "Running requests cannot be treated so",
-            expected=" or ".join(get_args(InFlight)),
-            got=repr(found[:40]),
-            fix="Choose one of them.",
-        )
-    return cast(InFlight, found)
-
-
-def _epoch(given: Mapping[str, str]) -> int:
-    """The one that the decision was made on. Raises: ConfigError."""
-    text = _text(given, "epoch")
-    if not (text.isascii() and text.isdigit()):
-        raise ConfigError(
-            "The epoch is not a number", expected="digits", got=repr(text[:40]), fix="Start again."
-        )
-    return int(text)

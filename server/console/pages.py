@@ -43,6 +43,8 @@ class Visit:
     request: Request
     runtime: AlterRuntime
     client: AdminClient
+    transport: InsideTransport
+    """Of `client`."""
     who: Whoami
 
     @property
@@ -94,7 +96,8 @@ def page(handler: Page) -> Callable[[Request], Awaitable[Response]]:
         with inside_client(transport, token) as client:
             try:
                 who = await asyncio.to_thread(client.whoami)
-                return await handler(Visit(request, request.app.state.alter, client, who))
+                runtime = request.app.state.alter
+                return await handler(Visit(request, runtime, client, transport, who))
             except AlterError as error:
                 if transport.status == HTTPStatus.UNAUTHORIZED:
                     return to_login(request)
@@ -134,13 +137,18 @@ def to_login(request: Request) -> Response:
 
 def problem_page(request: Request, error: AlterError, status: int | None) -> Response:
     """What `/admin`, or a form, says is wrong."""
-    if status is None or status < HTTPStatus.BAD_REQUEST:
-        status = HTTPStatus.UNPROCESSABLE_ENTITY
     template = _environment().get_template("problem.html.jinja")
     values = {"root": request.scope["root_path"], "who": None, "path": "", "problem": error}
     if is_poll(request):
         return HTMLResponse("".join(template.blocks["live"](template.new_context(values))))
-    return HTMLResponse(template.render(values), status_code=status)
+    return HTMLResponse(template.render(values), status_code=problem_status(status))
+
+
+def problem_status(status: int | None) -> int:
+    """Of a page that tells a problem; `status`: of the latest answer of `/admin`, which may be fine."""
+    if status is None or status < HTTPStatus.BAD_REQUEST:
+        return HTTPStatus.UNPROCESSABLE_ENTITY
+    return status
 
 
 def show_login(

@@ -6,7 +6,6 @@ import json
 import sys
 import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Literal, cast, get_args
 
@@ -20,7 +19,8 @@ from server.evidence.document import payload_of
 from server.requests.intake import parse_files, parse_retain
 from server.requests.records import ENDED, Approval
 
-from .pages import Page, Visit
+from .fields import choice_of, deadline_of
+from .pages import Page, Visit, problem_status
 
 Decision = Literal["approve", "cancel"]
 
@@ -66,18 +66,22 @@ async def _create(visit: Visit, form: FormData) -> Response:
             documents=documents,
             source=given.get("source") or None,
             retain=retain,
-            approval=_approval(given.get("approval", "")),
-            deadline=_deadline(given.get("deadline", "")),
+            approval=cast(Approval, choice_of(given, "approval", get_args(Approval))),
+            deadline=deadline_of(given),
             reason=given.get("reason") or None,
             idempotency_key=given.get("key") or None,
         )
     except AlterError as error:
+        status = visit.transport.status
+        if status == HTTPStatus.UNAUTHORIZED:
+            raise
         return visit.show(
             "new_request.html.jinja",
             problem=error,
             given=given,
-            key=str(uuid.uuid4()),
-            status_code=HTTPStatus.UNPROCESSABLE_ENTITY,
+            # The request may have been recorded all the same. If not, the key is as good as new.
+            key=given.get("key") or str(uuid.uuid4()),
+            status_code=problem_status(status),
         )
     return visit.go(f"/requests/{request.id}")
 
@@ -163,31 +167,3 @@ async def _contents(files: Sequence[UploadFile | str]) -> list[tuple[str, bytes]
         for file in files
         if isinstance(file, UploadFile) and file.filename
     ]
-
-
-def _approval(text: str) -> Approval:
-    """Raises: ConfigError."""
-    if text not in get_args(Approval):
-        raise ConfigError(
-            "Nobody can approve so",
-            expected=" or ".join(get_args(Approval)),
-            got=repr(text[:40]),
-            fix="Choose one of them.",
-        )
-    return cast(Approval, text)
-
-
-def _deadline(text: str) -> datetime | None:
-    """Raises: ConfigError."""
-    if not text:
-        return None
-    try:
-        given = datetime.fromisoformat(text)
-    except ValueError:
-        raise ConfigError(
-            "The deadline is no time",
-            expected="a date and a time, in UTC",
-            got=repr(text[:40]),
-            fix="For instance 2026-12-01T12:00.",
-        ) from None
-    return given.replace(tzinfo=given.tzinfo or UTC)

@@ -59,7 +59,7 @@ class _Run:
             parts["retain"] = read_rows(settings.retain)
         check_disjoint(parts)
         self.digests = {name: data_digest(rows) for name, rows in parts.items()}
-        self.base, self.dtype = self._load()
+        self.base = self._load()
         self.task = self._task(parts)
 
     def execute(self) -> Path:
@@ -72,7 +72,7 @@ class _Run:
         num_trained = sum(value.numel() for group in groups for value in group["params"])
         figures = self._fit(groups, forget_loss)
         train_s = time.monotonic() - started
-        merged = (adapted.merge_and_unload() if adapted else model).to(self.dtype)
+        merged = (adapted.merge_and_unload() if adapted else model).to(self.base.dtype)
         if not finite([*merged.parameters()]):
             raise TrainingError(
                 "Weights are not finite after the last step",
@@ -89,16 +89,15 @@ class _Run:
         self._write(merged, record)
         return settings.out
 
-    def _load(self) -> tuple[BaseModel, torch.dtype]:
-        """A frozen base model in float32, and the dtype that it was stored in."""
+    def _load(self) -> BaseModel:
+        """A frozen base model in float32."""
         base = load_base_model(
             self.settings.model,
             device=self.settings.device,
             mixed_precision=self.settings.mixed_precision,
         )
-        dtype = base.dtype
         base.model.float()
-        return base, dtype
+        return base
 
     def _task(self, parts: dict[str, list[Row]]) -> Task:
         max_tokens = min(self.settings.max_tokens, self.base.max_tokens)
@@ -108,7 +107,7 @@ class _Run:
         }
         return Task(
             model=self.base,
-            load_copy=lambda: self._load()[0],
+            load_copy=self._load,
             rows=parts["forget"],
             max_tokens=max_tokens,
             seed=self.settings.seed,

@@ -12,8 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+from alter_core.errors import RegistryError
 from server.audit import AuditLog
 from server.console.history import WINDOW_S, RoutedTokenHistory, sparkline
+from server.requests.intake import parse_files
 from server.requests.settings import RequestSettings
 from server.tokens import TokenStore
 from tests.support.tiny import TinyBundles
@@ -208,6 +210,7 @@ def test_problems_are_told_as_admin_tells_them(visiting: Any) -> None:
             assert page.status_code == 422
         large = await browser.post("/console/trace", data={"text": 70_000 * "a"})
         assert large.status_code == 413
+        assert 'role="alert"' in large.text
 
     visiting(test)
 
@@ -294,6 +297,56 @@ def test_a_bad_upload_is_told_with_the_form_and_nothing_is_kept(
         assert await stack.runtime.requests.list() == ()
 
     visiting(test, requests=RequestSettings())
+
+
+def test_a_form_that_was_refused_asks_for_the_same_request_again(
+    visiting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been recorded before the answer was lost."""
+
+    async def test(stack: Stack, browser: httpx.AsyncClient) -> None:
+        form = hidden(await browser.get("/console/requests/new"))
+        form |= {"domain": "glass", "approval": "manual", "text": f"{SECRET} blows glass."}
+        service = stack.runtime.requests
+        assert service is not None
+        create = service.create
+
+        async def create_and_lose(*args: Any, **kwargs: Any) -> None:
+            await create(*args, **kwargs)
+            raise RegistryError("The registry does not answer")
+
+        async def send(form: dict[str, str]) -> httpx.Response:
+            files = [("retain", ("keep.jsonl", RETAIN))]
+            return await browser.post("/console/requests/new", data=form, files=files)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(service, "create", create_and_lose)
+            lost = await send(form)
+        assert lost.status_code == 503
+        page = await send(form | hidden(lost))
+        (recorded,) = await service.list()
+        assert page.url.path == f"/console/requests/{recorded.id}", page.text
+
+    visiting(test, requests=RequestSettings())
+
+
+def test_a_token_that_ends_while_a_form_is_sent_leads_to_the_login(
+    visiting: Any, tokens: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(stack: Stack, browser: httpx.AsyncClient) -> None:
+        def parse_and_revoke(files: Any) -> Any:
+            tokens.revoke("visitor")
+            return parse_files(files)
+
+        monkeypatch.setattr("server.console.requests.parse_files", parse_and_revoke)
+        page = await browser.post(
+            "/console/requests/new",
+            data={"domain": "glass", "approval": "manual", "text": "one two three"},
+            files=[("retain", ("keep.jsonl", RETAIN))],
+        )
+        assert page.url.path == "/console/login"
+
+    visiting(test, token=tokens.create("visitor", "operator"), requests=RequestSettings())
 
 
 def test_what_is_sent_instead_of_the_form_is_refused(visiting: Any) -> None:
