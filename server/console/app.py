@@ -114,9 +114,7 @@ async def _logout(request: Request) -> Response:
 
 def _refuse(error: ProblemError, scope: Scope) -> ASGIApp:
     problem = error.problem
-    told = AlterError(
-        problem.detail, expected=problem.expected, got=problem.got, fix=problem.fix
-    )
+    told = AlterError(problem.detail, expected=problem.expected, got=problem.got, fix=problem.fix)
     return problem_page(Request(scope), told, problem.status)
 
 
