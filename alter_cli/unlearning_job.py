@@ -34,7 +34,7 @@ from trainer.router import EvidenceSettings
 from trainer.run import train
 from trainer.settings import ExpertSettings, TrainSettings
 
-NICENESS = 10
+NICENESS = 9
 """Serving comes first."""
 _REPORT_S = 0.5
 _FEW_ROWS = 100

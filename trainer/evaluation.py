@@ -29,7 +29,7 @@ from .router import WindowScorer
 from .windows import windows_of
 
 _BATCH_TOKENS = 4096
-_GENERATION_ROWS = 32
+_GENERATION_ROWS = 64
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from alter_core.errors import EvaluationError
 
 from .blocks import Block, BlockCache, blocks_of, measure_apart
 from .report import write_report
-from .settings import FULL, QUICK
+from .settings import FULL, settings_of
 
 FOLDER = Path("build/serving")
 
@@ -28,12 +28,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--blocks", help="names, separated by commas; by default all")
+    parser.add_argument(
+        "--rounds", type=int, help=f"by start of the engines, {FULL.rounds} by default"
+    )
     parser.add_argument("--list", action="store_true", help="name the blocks and stop")
     parser.add_argument(
         "--quick", action="store_true", help="the smallest sizes, written to build/"
     )
     options = parser.parse_args()
-    settings = QUICK if options.quick else FULL
+    if options.rounds is not None and options.rounds < 1:
+        parser.error("--rounds: at least 1")
+    settings = settings_of(is_quick=options.quick, rounds=options.rounds)
     blocks = blocks_of(settings)
     if options.list:
         print("\n".join(blocks))

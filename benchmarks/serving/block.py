@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from benchmarks.results import keep
 
 from .blocks import blocks_of, measure_here
-from .settings import FULL, QUICK
+from .settings import settings_of
 
 
 def main() -> None:
@@ -22,8 +22,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for artefacts and logs")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the result")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int)
     options = parser.parse_args()
-    settings = QUICK if options.quick else FULL
+    settings = settings_of(is_quick=options.quick, rounds=options.rounds)
     block = blocks_of(settings)[options.name]
     result = measure_here(block, settings, options.folder)
     keep(options.out, result)

@@ -172,6 +172,7 @@ def measure_apart(block: Block, cache: BlockCache, folder: Path, *, is_quick: bo
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.serving.block", block.name]
     command += ["--folder", str(folder), "--out", str(cache.path(block))]
+    command += ["--rounds", str(cache.settings.rounds)]
     with log.open("wb") as output:
         finished = subprocess.run(
             [*command, *(["--quick"] if is_quick else [])],

@@ -34,6 +34,8 @@ MAX_MODEL_LEN = 2304
 _MAX_BATCH = 64
 _SETTLE_S = 0.2
 """Between turns: threads of the engine before spin for a while."""
+_WARM_UP_REQUESTS, _WARM_UP_TOKENS = 16, 256
+"""Of what a turn begins with, untimed: at most so many requests, so much of a prompt."""
 _MIN_FORGET_SHARE = 0.75
 """Least share of tokens on an expert in forget traffic: all but a prompt's first, up to a name."""
 
@@ -159,7 +161,7 @@ class Engine:
 
     def _decode_rate(self, batches: Sequence[Sequence[TokenIds]], num_tokens: int) -> float:
         """Tokens a second, first tokens left out."""
-        self._generate(batches[0], 2)
+        self._generate(batches[0][:_WARM_UP_REQUESTS], 2)
         seconds = 0.0
         for batch in batches:
             outputs = self._generate(batch, num_tokens)
@@ -169,7 +171,7 @@ class Engine:
 
     def _prefill_rate(self, prompts: Sequence[TokenIds]) -> float:
         """Prompt tokens a second, one prompt after another."""
-        self._generate(prompts[:1], 1)
+        self._generate([prompts[0][:_WARM_UP_TOKENS]], 1)
         started = time.perf_counter()
         for prompt in prompts:
             self._generate([prompt], 1)

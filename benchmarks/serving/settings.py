@@ -98,3 +98,9 @@ QUICK = BenchSettings(
     switches=4,
     startup_rounds=1,
 )
+
+
+def settings_of(*, is_quick: bool, rounds: int | None) -> BenchSettings:
+    """Full or quick ones; `rounds`: other than theirs."""
+    settings = QUICK if is_quick else FULL
+    return settings if rounds is None else dataclasses.replace(settings, rounds=rounds)
