@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings
 
 from alter_core.errors import ConfigError
 from server.admin_port import DEFAULT_ADMIN_HOST, AdminPort
+from server.flag_values import split
 from server.registry.store import ImportPolicy
 from server.signatures import SignatureMode, SignaturePolicy
 
@@ -28,8 +29,8 @@ class Security:
         cls, flags: SecurityFlags, environment: SecurityEnvironment, substrate: Path
     ) -> Security:
         """Fills what no flag gives. Without sources, those beside `substrate`. Raises: ConfigError."""
-        keys = flags.trusted_keys or tuple(map(Path, _split(environment.trusted_keys)))
-        sources = flags.bundle_sources or _split(environment.bundle_sources)
+        keys = flags.trusted_keys or tuple(map(Path, split(environment.trusted_keys)))
+        sources = flags.bundle_sources or split(environment.bundle_sources)
         return cls(
             signatures=SignaturePolicy.build(flags.signatures or environment.signatures, keys),
             sources=_sources(sources) if sources else _beside(substrate),
@@ -105,7 +106,3 @@ def _sources(texts: tuple[str, ...]) -> ImportPolicy:
 def _beside(substrate: Path) -> ImportPolicy:
     folder = substrate.parent
     return ImportPolicy() if folder == Path(folder.anchor) else ImportPolicy(folders=(folder,))
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())

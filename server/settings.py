@@ -32,6 +32,7 @@ from pydantic_settings import SettingsConfigDict
 
 from alter_core.errors import ConfigError
 from server.domain_rules import check_domain_name
+from server.flag_values import absolute, split
 from server.logs import LogFormat
 from server.registry.database import with_password
 from server.registry.registry import DEFAULT_LEASE_S
@@ -161,10 +162,10 @@ class ServeSettings:
         substrate = substrate.expanduser().absolute()
         return cls(
             substrate=substrate,
-            domains=_parse_domains(tuple(domains) or _split(environment.domains)),
+            domains=_parse_domains(tuple(domains) or split(environment.domains)),
             max_domains=max_domains if max_domains is not None else environment.max_domains,
             admin_token_sha256=None if token is None else token_digest(token),
-            tokens_file=_absolute(tokens_file or environment.tokens_file),
+            tokens_file=absolute(tokens_file or environment.tokens_file),
             audit_log=resolve_audit_log(audit_log, environment),
             registry=_with_password(
                 registry or environment.registry,
@@ -258,7 +259,7 @@ def default_audit_log() -> Path:
 
 def resolve_audit_log(path: Path | None, environment: Environment) -> Path:
     """The audit log: of a flag, else of the environment, else the default. Raises: ConfigError."""
-    return _absolute(path or environment.audit_log) or default_audit_log()
+    return absolute(path or environment.audit_log) or default_audit_log()
 
 
 def token_digest(token: str) -> bytes:
@@ -316,19 +317,11 @@ def _checked_token(text: str, source: str) -> str:
     return token
 
 
-def _absolute(path: Path | None) -> Path | None:
-    return None if path is None else path.expanduser().absolute()
-
-
 def _place(text: str | None) -> str | None:
     """A URL as it is, a folder made absolute."""
     if text is None or "://" in text:
         return text
-    return str(_absolute(Path(text)))
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    return str(absolute(Path(text)))
 
 
 def _parse_domains(texts: Iterable[str]) -> Mapping[str, Path]:

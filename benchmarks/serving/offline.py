@@ -1,19 +1,22 @@
 """Decode and prefill throughput of several engines that take turns in one process: the offline blocks.
 
-A turn decodes a few batches, or computes a few prompts. Decoding is timed by the engine's own clock, from
-the step that gave every request its first token to the last token; a prompt is timed as a whole, with its one
-token.
+All engines hold a batch that they decode, and are stepped by turns, a slice of a few steps each: a machine
+whose speed wanders slows neighbours alike. Prompts are computed by turns too, one at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+# An engine is stepped from here: its core is no process of its own.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
@@ -32,10 +35,9 @@ from .traffic import Traffic, TrafficKind
 BASE, LORA = "base", "lora"
 MAX_MODEL_LEN = 2304
 _MAX_BATCH = 64
-_SETTLE_S = 0.2
+_SETTLE_S = 0.1
 """Between turns: threads of the engine before spin for a while."""
-_WARM_UP_REQUESTS, _WARM_UP_TOKENS = 16, 256
-"""Of what a turn begins with, untimed: at most so many requests, so much of a prompt."""
+_WARM_UP_TOKENS = 256
 _MIN_FORGET_SHARE = 0.75
 """Least share of tokens on an expert in forget traffic: all but a prompt's first, up to a name."""
 
@@ -73,6 +75,9 @@ def cases_of(settings: BenchSettings) -> list[Case]:
     return decode + prefill
 
 
+_numbers = itertools.count()
+
+
 class Engine:
     """A vLLM engine. Its worker is a process of its own."""
 
@@ -84,7 +89,7 @@ class Engine:
         self.num_domains = num_domains
         self.traffic = Traffic(made.prose, made.names, num_domains=num_domains or 1)
         self.expert_share: dict[str, float] = {}
-        """Share of tokens on forget experts in the last turn, by case; ours alone has any."""
+        """Share of tokens on forget experts in the last round, by case; ours alone has any."""
         self._adapter: LoRARequest | None = None
         if name == LORA:
             self._adapter = LoRARequest("random", 1, str(made.adapter()))
@@ -99,7 +104,6 @@ class Engine:
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=_MAX_BATCH,
             enable_prefix_caching=False,
-            disable_log_stats=False,
             **options,
         )
         self.start_s = time.monotonic() - started
@@ -134,59 +138,87 @@ class Engine:
         """vLLM's LoRA is measured on retain traffic alone: every request is on the adapter anyway."""
         return self.name != LORA or case.kind is TrafficKind.RETAIN
 
-    def turn(self, case: Case, settings: BenchSettings, start: int) -> float:
-        """Tokens a second of one turn; `start` numbers its first prompt."""
-        before = self._tokens_by_expert()
-        if case.phase == "prefill":
-            lengths = [case.size] * case.repeats
-            rate = self._prefill_rate(self.traffic.prompts(case.kind, lengths, start=start))
-        else:
-            lengths = [settings.decode_prompt_tokens] * case.size
-            starts = range(start, start + case.repeats * case.size, case.size)
-            batches = [self.traffic.prompts(case.kind, lengths, start=first) for first in starts]
-            rate = self._decode_rate(batches, settings.decode_tokens)
-        if self.num_domains:
-            on_experts, total = (
-                b - a for a, b in zip(before, self._tokens_by_expert(), strict=True)
-            )
-            self.expert_share[case.name] = on_experts / total
-        return rate
+    def prompts(self, case: Case, settings: BenchSettings, start: int) -> list[TokenIds]:
+        """Of a batch that is decoded, or the one that is computed; `start` numbers the first."""
+        is_prefill = case.phase == "prefill"
+        lengths = [case.size] if is_prefill else [settings.decode_prompt_tokens] * case.size
+        return self.traffic.prompts(case.kind, lengths, start=start)
 
-    def _tokens_by_expert(self) -> tuple[int, int]:
+    def tokens_by_expert(self) -> tuple[int, int]:
         """(on forget experts, all) computed so far."""
         if not self.num_domains:
             return 0, 0
         (counts,) = self.llm.collective_rpc("alter_routed_tokens")
         return sum(map(sum, counts[1:])), sum(map(sum, counts))
 
-    def _decode_rate(self, batches: Sequence[Sequence[TokenIds]], num_tokens: int) -> float:
-        """Tokens a second, first tokens left out."""
-        self._generate(batches[0][:_WARM_UP_REQUESTS], 2)
-        seconds = 0.0
-        for batch in batches:
-            outputs = self._generate(batch, num_tokens)
-            seconds += max(o.metrics.last_token_ts for o in outputs)
-            seconds -= max(o.metrics.first_token_ts for o in outputs)
-        return sum(map(len, batches)) * (num_tokens - 1) / seconds
-
-    def _prefill_rate(self, prompts: Sequence[TokenIds]) -> float:
-        """Prompt tokens a second, one prompt after another."""
-        self._generate([prompts[0][:_WARM_UP_TOKENS]], 1)
-        started = time.perf_counter()
-        for prompt in prompts:
-            self._generate([prompt], 1)
-        return sum(map(len, prompts)) / (time.perf_counter() - started)
-
-    def _generate(self, prompts: Sequence[TokenIds], num_tokens: int) -> list[Any]:
+    def begin(self, prompts: Sequence[TokenIds], num_tokens: int) -> None:
+        """Takes requests of so many tokens each, up to the first token of every one."""
         params = SamplingParams(
             temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False
         )
-        return self.llm.generate(
-            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
-            params,
-            lora_request=self._adapter,
-            use_tqdm=False,
-        )
+        for ids in prompts:
+            self.llm.llm_engine.add_request(
+                f"{next(_numbers)}",
+                TokensPrompt(prompt_token_ids=ids),
+                params,
+                lora_request=self._adapter,
+            )
+        begun: set[str] = set()
+        while len(begun) < len(prompts):
+            begun.update(output.request_id for output in self.llm.llm_engine.step())
+
+    def decode_rate(self, num_steps: int) -> float:
+        """Tokens a second of so many steps, after one more that is not timed: it fills what overlaps."""
+        step = self.llm.llm_engine.step
+        step()
+        started = time.perf_counter()
+        num_tokens = sum(len(step()) for _ in range(num_steps))
+        return num_tokens / (time.perf_counter() - started)
+
+    def prefill_rate(self, prompt: TokenIds) -> float:
+        """Prompt tokens a second, after a short prompt that is not timed."""
+        self.begin([prompt[:_WARM_UP_TOKENS]], 1)
+        started = time.perf_counter()
+        self.begin([prompt], 1)
+        return len(prompt) / (time.perf_counter() - started)
+
+
+def take_turns(
+    engines: Sequence[Engine], case: Case, settings: BenchSettings, *, start: int
+) -> dict[str, list[float]]:
+    """Tokens a second of each engine, turn by turn; `start` numbers the first prompt.
+
+    Raises: EngineError if requests are left.
+    """
+    before = {engine.name: engine.tokens_by_expert() for engine in engines}
+    rates: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    for repeat in range(case.repeats):
+        prompts = {e.name: e.prompts(case, settings, start + repeat * case.size) for e in engines}
+        if case.phase == "prefill":
+            for engine in _rotated(engines, repeat):
+                rates[engine.name].append(engine.prefill_rate(prompts[engine.name][0]))
+            continue
+        num_steps, num_turns = settings.decode_turns(case.size)
+        for engine in engines:
+            engine.begin(prompts[engine.name], 1 + num_turns * (1 + num_steps))
+        for turn in range(num_turns):
+            for engine in _rotated(engines, turn):
+                time.sleep(_SETTLE_S)
+                rates[engine.name].append(engine.decode_rate(num_steps))
+        if left := [e.name for e in engines if e.llm.llm_engine.has_unfinished_requests()]:
+            raise EngineError("Requests are not at their end", expected="none", got=", ".join(left))
+    for engine in engines:
+        if engine.num_domains:
+            on_experts, total = (
+                b - a for a, b in zip(before[engine.name], engine.tokens_by_expert(), strict=True)
+            )
+            engine.expert_share[case.name] = on_experts / total
+    return rates
+
+
+def _rotated(engines: Sequence[Engine], by: int) -> list[Engine]:
+    first = by % len(engines)
+    return [*engines[first:], *engines[:first]]
 
 
 def _alter_options(substrate: Path, max_domains: int) -> dict[str, Any]:
@@ -216,15 +248,12 @@ def measure(
         order = names[at:] + names[:at] + ([(LORA, 0)] if has_lora and start == 0 else [])
         engines = [Engine(name, made, settings.dtype, count) for name, count in order]
         for _ in range(settings.rounds):
-            first = number % len(engines)
             for case in cases_of(settings):
-                for engine in engines[first:] + engines[:first]:
-                    if not engine.takes(case):
-                        continue
-                    time.sleep(_SETTLE_S)
-                    rate = engine.turn(case, settings, start=number * _MAX_BATCH)
-                    print(number, case.name, engine.name, round(rate, 1), flush=True)
-                    rates.setdefault(engine.name, {}).setdefault(case.name, []).append(rate)
+                taking = [e for e in _rotated(engines, number) if e.takes(case)]
+                found_rates = take_turns(taking, case, settings, start=number * _MAX_BATCH)
+                for name, values in found_rates.items():
+                    print(number, case.name, name, *(f"{v:.1f}" for v in values), flush=True)
+                    rates.setdefault(name, {}).setdefault(case.name, []).extend(values)
             number += 1
         for engine in engines:
             found["idle_memory_bytes"][engine.name] = engine.idle_memory_bytes

@@ -24,9 +24,9 @@ from .settings import GOODPUT_MS, BenchSettings
 from .trace import Arrival, arrivals_of, at_rate, scaled_lengths
 from .traffic import Traffic, TrafficKind
 
-LENGTH_DIVISOR = 4
-PROMPT_TOKENS = range(24, 1025)
-ANSWER_TOKENS = range(2, 257)
+LENGTH_DIVISOR = 8
+PROMPT_TOKENS = range(24, 513)
+ANSWER_TOKENS = range(2, 129)
 BASE, OURS = "base", "ours"
 
 
@@ -56,14 +56,13 @@ def measure(
         rate = settings.online_load * at_once["request_throughput"]
         timed = at_rate(arrivals, rate)
         found: dict[str, list[dict[str, Any]]] = {BASE: [], OURS: []}
-        for number in range(1, settings.online_rounds + 2):
+        for number in range(1, settings.online_rounds + 1):
             servers = [(BASE, base), (OURS, ours)]
             for name, server in servers if number % 2 else reversed(servers):
                 result = replay(server, timed, traffic, kind, number=number, is_timed=True)
-                if number > 1:
-                    found[name].append(result)
+                found[name].append(result)
         on_experts = _tokens_on_experts(ours)
-    num_replays = settings.online_rounds + 2
+    num_replays = settings.online_rounds + 1
     computed = num_replays * sum(a.prompt_tokens + a.answer_tokens - 1 for a in arrivals)
     return {
         "arrivals": source,

@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from benchmarks.results import write_results
 
 from .artefacts import Artefacts
-from .offline import BASE, LORA, Case, Engine, cases_of
+from .offline import BASE, LORA, Case, Engine, cases_of, take_turns
 from .operators import Operator, read_table
 from .settings import FULL, QUICK, BenchSettings
 from .traffic import TrafficKind
@@ -88,9 +88,9 @@ def _profiles(
 
 
 def _profiled(engine: Engine, case: Case, settings: BenchSettings, out: Path) -> list[Operator]:
-    engine.turn(case, settings, start=0)
+    take_turns([engine], case, settings, start=0)
     engine.llm.start_profile(case.name)
-    engine.turn(case, settings, start=0)
+    take_turns([engine], case, settings, start=0)
     engine.llm.stop_profile()
     (table,) = out.glob(f"{case.name}_*.profiler_out.txt")
     return read_table(table.read_text("utf-8"))

@@ -49,10 +49,10 @@ def _notes(results: Mapping[str, Result], settings: BenchSettings) -> dict[str, 
         },
         "active domains of the named figures": settings.num_domains,
         "rank": RANK,
-        "rounds that count": settings.rounds,
-        "decode": f"{settings.decode_tokens} tokens a request after a prompt of "
-        f"{settings.decode_prompt_tokens}; by batch size, batches a turn: "
-        f"{dict(settings.decode_repeats)}",
+        "rounds, by start": settings.rounds,
+        "decode": f"up to {settings.decode_tokens} tokens a request after a prompt of "
+        f"{settings.decode_prompt_tokens}; by batch size, batches a round {dict(settings.decode_repeats)}, "
+        f"steps a turn {dict(settings.decode_steps)}",
         "mixed traffic": "every tenth request of a forget domain",
         "prefill_ratio_retain": f"the lowest over prompts of {list(settings.prefill_repeats)} tokens",
         "n256_over_n1": "retain traffic, the lowest over batch sizes",

@@ -36,8 +36,8 @@ class BenchSettings:
     starts: int = 2
     """How often the engines of offline measurements are started: where a process finds its memory is worth
     several percent of its speed, for as long as it lives."""
-    rounds: int = 3
-    """Turns of each engine in each case, by start."""
+    rounds: int = 2
+    """How often each case is measured, by start."""
     num_domains: int = 8
     """Active domains where their number is not what is looked at."""
     few_domains: int = 1
@@ -46,18 +46,22 @@ class BenchSettings:
     other_domains: tuple[int, ...] = (64,)
     """Compared with base only."""
     decode_repeats: Mapping[int, int] = dataclasses.field(
-        default_factory=lambda: MappingProxyType({1: 1, 16: 1, 64: 1})
+        default_factory=lambda: MappingProxyType({1: 3, 16: 1, 64: 1})
     )
-    """By batch size: how often a batch is decoded in a turn."""
+    """By batch size: how many batches are decoded in a round."""
+    decode_steps: Mapping[int, int] = dataclasses.field(
+        default_factory=lambda: MappingProxyType({1: 8, 16: 5, 64: 4})
+    )
+    """By batch size: steps that are timed before another engine's turn comes."""
     decode_prompt_tokens: int = 24
     decode_tokens: int = 48
-    """A prompt's evidence is in view for as long: the window is 64 tokens."""
+    """At most. A prompt's evidence is in view for as long: the window is 64 tokens."""
     prefill_repeats: Mapping[int, int] = dataclasses.field(
-        default_factory=lambda: MappingProxyType({512: 2, 2048: 1})
+        default_factory=lambda: MappingProxyType({512: 3, 2048: 2})
     )
-    """By prompt length, in tokens: how many prompts are computed in a turn, one after another."""
+    """By prompt length, in tokens: how many prompts are computed in a round, by turns."""
     online_rounds: int = 2
-    """Replays that count, of each server. One more before them is thrown away."""
+    """Replays of each server, after one of all requests at once."""
     online_requests: int = 120
     """Requests of a replay."""
     online_load: float = 0.5
@@ -75,6 +79,11 @@ class BenchSettings:
         """Of one number in `dtype`."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype.itemsize
+
+    def decode_turns(self, batch: int) -> tuple[int, int]:
+        """(steps that are timed in a turn, turns); each turn has one step more, which is not."""
+        num_steps = self.decode_steps[batch]
+        return num_steps, (self.decode_tokens - 1) // (num_steps + 1)
 
     @property
     def headline_model(self) -> str:

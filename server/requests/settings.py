@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings
 
 from alter_core.errors import ConfigError
 from alter_core.rows import read_rows
+from server.flag_values import absolute, split
 
 from .gate import Gate
 
@@ -38,11 +39,11 @@ class RequestSettings:
     def build(cls, flags: RequestFlags, environment: RequestEnvironment) -> RequestSettings:
         """Fills what no flag gives. Raises: ConfigError, TrainingDataError for files that are no rows."""
         settings = cls(
-            workspace=_absolute(flags.workspace or environment.workspace),
-            retain=_files(flags.retain or tuple(map(Path, _split(environment.retain)))),
-            general=_files(flags.general or tuple(map(Path, _split(environment.general)))),
+            workspace=absolute(flags.workspace or environment.workspace),
+            retain=_files(flags.retain or tuple(map(Path, split(environment.retain)))),
+            general=_files(flags.general or tuple(map(Path, split(environment.general)))),
             device=flags.training_device or environment.training_device,
-            signing_key=_absolute(flags.signing_key or environment.signing_key),
+            signing_key=absolute(flags.signing_key or environment.signing_key),
             max_upload_mib=flags.max_upload_mib or environment.max_upload_mib,
             gate=Gate(
                 max_forget_ratio=_given(
@@ -111,11 +112,3 @@ def _given(flag: float | None, environment: float) -> float:
 
 def _files(paths: tuple[Path, ...]) -> tuple[Path, ...]:
     return tuple(path.expanduser().absolute() for path in paths)
-
-
-def _absolute(path: Path | None) -> Path | None:
-    return None if path is None else path.expanduser().absolute()
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())

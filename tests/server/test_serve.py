@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from alter_eval.multiple_choice import Question, Subject
 from alter_eval.source import Source
 from server.api.closed_routes import CLOSED_ROUTES
 from tests.support.browser import browser, browser_path, log_in
+from tests.support.collector import Collector, collecting
 from tests.support.tiny import VOCAB_SIZE, TinyBundles, make_bundles
 from tests.trainer.world import GENERAL
 from trainer.base_model import load_base_model
@@ -54,8 +57,16 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> TinyBundles:
 
 
 @pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with pytest.MonkeyPatch.context() as patch, collecting() as running:
+        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        yield running
+
+
+@pytest.fixture(scope="module")
 def server(
-    bundles: TinyBundles, tmp_path_factory: pytest.TempPathFactory
+    bundles: TinyBundles, collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("log") / "server.log"
     flags = (
@@ -64,6 +75,8 @@ def server(
         "--alter-max-domains",
         "2",
         "--alter-base-answers",
+        *("--alter-log-format", "json"),
+        *("--otlp-traces-endpoint", collector.url),
     )
     with serve(
         bundles.model, bundles.substrate, log, (*flags, "--max-model-len", "2048")
@@ -310,6 +323,36 @@ def test_activation_inside_a_stream_marks_the_place_and_revocation_restores_the_
     assert admin.delete("/admin/forget-domains/late", headers=WAITING).status_code == 200
     assert _answer(openai_client) == before
     assert changed != before
+
+
+def test_a_caller_finds_requests_and_changes_in_its_trace_and_no_text(
+    admin: httpx.Client, collector: Collector, server: RunningServer, bundles: TinyBundles
+) -> None:
+    trace_id = secrets.token_hex(16)
+    traced = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
+    activation = {"name": "traced", "bundle": str(bundles.experts["domain-1"])}
+    admin.post("/admin/forget-domains", json=activation, headers=WAITING | traced)
+    body = {"model": "demo", "prompt": QUESTION, "max_tokens": 4}
+    httpx.post(f"{server.url}/v1/completions", json=body, headers=traced).raise_for_status()
+    admin.delete("/admin/forget-domains/traced", headers=WAITING | traced)
+    spans = collector.wait_for(trace_id, {"llm_request", "alter.activate", "alter.revoke"})
+    told = {a.key: a.value.string_value for a in spans["alter.activate"].attributes}
+    assert told["alter.domain"] == "traced"
+    assert "alter.switch" in {span.name for span in collector.spans}
+    assert not any(QUESTION.encode() in exported for exported in collector.bodies)
+
+
+def test_logs_are_objects_that_name_their_request_and_hold_no_text(
+    admin: httpx.Client, openai_client: OpenAI, server: RunningServer
+) -> None:
+    request_id = admin.get("/admin/status").headers["x-request-id"]
+    _answer(openai_client)
+    lines = server.log.read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines if line.startswith("{")]
+    assert {r["logger"].partition(".")[0] for r in records} >= {"server", "uvicorn", "vllm"}
+    assert [r for r in records if r.get("request_id") == request_id]
+    assert {r["process"] for r in records} >= {"EngineCore"}
+    assert not [line for line in lines if QUESTION in line]
 
 
 def test_metrics_count_tokens_by_expert_and_path(
