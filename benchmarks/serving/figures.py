@@ -136,8 +136,6 @@ def _add_offline(figures: Figures, prefix: str, result: Result) -> None:
             ]
             if prefill:
                 figures.add(f"{prefix}/{engine}/prefill_lowest_{kind}", _lowest(prefill))
-    for engine, size in result["memory_bytes"].items():
-        figures.add(f"{prefix}/{engine}/memory_mib", size / 2**20)
 
 
 def _add_scale(figures: Figures, model: str, result: Result, settings: BenchSettings) -> None:
@@ -150,8 +148,7 @@ def _add_scale(figures: Figures, model: str, result: Result, settings: BenchSett
     figures.add(f"{model}/scale/{many}_over_{few}", _lowest(found))
     shape, added = SHAPES[model], settings.many_domains - settings.few_domains
     floor = floor_of(Sizes.of(shape), value_bytes=settings.value_bytes)
-    idle = result["idle_memory_bytes"]
-    more = idle[many] - idle[few]
+    more = result["memory_bytes"][many] - result["memory_bytes"][few]
     tensors = added * (floor.b_bytes + floor.head_bytes)
     # The whole vocabulary of these models is in the router's tables from the start.
     table_bytes = functools.partial(

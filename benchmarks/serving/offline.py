@@ -7,6 +7,7 @@ whose speed wanders slows neighbours alike. Prompts are computed by turns too, o
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import os
 import time
@@ -28,7 +29,7 @@ from server.settings import ServeSettings
 
 from .artefacts import Artefacts
 from .names import TokenIds
-from .processes import descendants, memory_bytes
+from .processes import tree_memory_bytes
 from .settings import RANK, BenchSettings
 from .traffic import Traffic, TrafficKind
 
@@ -79,7 +80,7 @@ _numbers = itertools.count()
 
 
 class Engine:
-    """A vLLM engine. Its worker is a process of its own."""
+    """A vLLM engine in this process."""
 
     def __init__(
         self, name: str, made: Artefacts, dtype: str, num_domains: int = 0, **options: Any
@@ -97,7 +98,7 @@ class Engine:
         elif num_domains:
             family = made.family(num_domains)
             options |= _alter_options(family.substrate, num_domains)
-        before, started = set(descendants(os.getpid())), time.monotonic()
+        before, started = tree_memory_bytes(os.getpid()), time.monotonic()
         self.llm = LLM(
             model=str(made.model),
             dtype=dtype,
@@ -107,11 +108,12 @@ class Engine:
             **options,
         )
         self.start_s = time.monotonic() - started
-        self._processes = set(descendants(os.getpid())) - before
         if num_domains:
             self._activate(family.experts)
-        self.idle_memory_bytes = self.memory_bytes()
-        """Before any request: without what the router's tables take as tokens appear."""
+        gc.collect()
+        self.memory_bytes = tree_memory_bytes(os.getpid()) - before
+        """By which the benchmark has grown, before any request: without what the router's tables take as
+        tokens appear. The first engine of a process bears what all share."""
 
     def _activate(self, bundles: Sequence[Path]) -> None:
         for slot, bundle in enumerate(bundles):
@@ -129,10 +131,6 @@ class Engine:
     def stop(self) -> None:
         """Ends its processes."""
         self.llm.llm_engine.engine_core.shutdown()
-
-    def memory_bytes(self) -> int:
-        """Of its processes, shared pages counted in parts."""
-        return sum(map(memory_bytes, self._processes))
 
     def takes(self, case: Case) -> bool:
         """vLLM's LoRA is measured on retain traffic alone: every request is on the adapter anyway."""
@@ -239,8 +237,7 @@ def measure(
     """
     names = [(BASE, 0), *((f"n{count}", count) for count in num_domains)]
     rates: dict[str, dict[str, list[float]]] = {}
-    found: dict[str, dict[str, Any]] = {"expert_share": {}, "idle_memory_bytes": {}}
-    found |= {"memory_bytes": {}, "start_s": {}}
+    found: dict[str, dict[str, Any]] = {"expert_share": {}, "memory_bytes": {}, "start_s": {}}
     number = 0
     for start in range(settings.starts):
         # Another engine is up first each time. vLLM's LoRA, far from the others and slow, runs once.
@@ -256,9 +253,9 @@ def measure(
                     rates.setdefault(name, {}).setdefault(case.name, []).extend(values)
             number += 1
         for engine in engines:
-            found["idle_memory_bytes"][engine.name] = engine.idle_memory_bytes
-            found["memory_bytes"][engine.name] = engine.memory_bytes()
-            found["start_s"][engine.name] = engine.start_s
+            # Of the first start: later ones find memory that earlier ones have let go of.
+            found["memory_bytes"].setdefault(engine.name, engine.memory_bytes)
+            found["start_s"].setdefault(engine.name, engine.start_s)
             if engine.num_domains:
                 found["expert_share"][engine.name] = engine.expert_share
             engine.stop()

@@ -58,7 +58,7 @@ def _notes(results: Mapping[str, Result], settings: BenchSettings) -> dict[str, 
         "n256_over_n1": "retain traffic, the lowest over batch sizes",
         "post_to_active_s": "of a bundle that weighs what a 7B's of rank 8 weighs, under load",
         "goodput": f"first token and mean later ones within {dict(GOODPUT_MS)} ms",
-        "memory": "of all processes of an engine or server, shared pages in parts",
+        "memory": "of all processes of a server, shared pages in parts",
     }
     for block, result in results.items():
         if block.startswith("online"):

@@ -36,7 +36,7 @@ class BenchSettings:
     starts: int = 2
     """How often the engines of offline measurements are started: where a process finds its memory is worth
     several percent of its speed, for as long as it lives."""
-    rounds: int = 2
+    rounds: int = 1
     """How often each case is measured, by start."""
     num_domains: int = 8
     """Active domains where their number is not what is looked at."""
@@ -46,7 +46,7 @@ class BenchSettings:
     other_domains: tuple[int, ...] = (64,)
     """Compared with base only."""
     decode_repeats: Mapping[int, int] = dataclasses.field(
-        default_factory=lambda: MappingProxyType({1: 3, 16: 1, 64: 1})
+        default_factory=lambda: MappingProxyType({1: 3, 16: 3, 64: 1})
     )
     """By batch size: how many batches are decoded in a round."""
     decode_steps: Mapping[int, int] = dataclasses.field(

@@ -15,7 +15,7 @@ from benchmarks.results import keep
 from benchmarks.serving import blocks
 from benchmarks.serving.blocks import Block, BlockCache, blocks_of, measure_apart
 from benchmarks.serving.processes import descendants, memory_bytes, tree_memory_bytes
-from benchmarks.serving.settings import FULL, QUICK
+from benchmarks.serving.settings import FULL, QUICK, BenchSettings, settings_of
 
 
 def _never(*_: Any) -> dict[str, Any]:
@@ -103,3 +103,17 @@ def test_memory_of_a_process_tree_is_found_from_its_root() -> None:
         assert tree_memory_bytes(process.pid) >= memory_bytes(child)
         process.communicate(timeout=30)
     assert memory_bytes(child) == 0
+
+
+@pytest.mark.parametrize("settings", [FULL, QUICK])
+def test_a_batch_is_decoded_in_whole_turns(settings: BenchSettings) -> None:
+    for batch in settings.decode_repeats:
+        num_steps, num_turns = settings.decode_turns(batch)
+        assert num_turns > 0
+        num_tokens = 1 + num_turns * (1 + num_steps)
+        assert num_tokens <= settings.decode_tokens
+
+
+def test_rounds_may_be_given() -> None:
+    assert settings_of(is_quick=True, rounds=None) == QUICK
+    assert settings_of(is_quick=False, rounds=7) == dataclasses.replace(FULL, rounds=7)
