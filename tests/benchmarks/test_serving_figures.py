@@ -36,7 +36,6 @@ def _offline(*engines: str) -> Result:
     return MEASURED | {
         "rates": rates,
         "expert_share": {},
-        "idle_memory_bytes": dict.fromkeys(rates, 2**30),
         "memory_bytes": dict.fromkeys(rates, 2**30),
     }
 
@@ -46,7 +45,7 @@ def _scale() -> Result:
     result = _offline("n1", "n256")
     tensors = 255 * (floor.b_bytes + floor.head_bytes)
     tables = 256 * 8192 * 5 * 64 * 2  # 264 columns, less 8 that one domain has too
-    result["idle_memory_bytes"]["n256"] += 1.04 * (tensors + tables)
+    result["memory_bytes"]["n256"] += 1.04 * (tensors + tables)
     return result
 
 
