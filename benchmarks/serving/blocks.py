@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,9 @@ def blocks_of(settings: BenchSettings) -> dict[str, Block]:
     """All blocks of a run, by name, the headline model's first."""
     of_engines: dict[str, Measure] = {
         "offline": _offline((settings.num_domains,), has_lora=True),
-        "scale": _offline((settings.few_domains, settings.many_domains)),
+        "scale": _offline(
+            (settings.few_domains, settings.many_domains), kinds=(TrafficKind.RETAIN,)
+        ),
         **{f"n{count}": _offline((count,)) for count in settings.other_domains},
     }
     of_servers: dict[str, Measure] = {
@@ -83,11 +85,18 @@ def blocks_of(settings: BenchSettings) -> dict[str, Block]:
 # Imported where they are measured: each loads vLLM.
 
 
-def _offline(num_domains: Sequence[int], *, has_lora: bool = False) -> Measure:
+def _offline(
+    num_domains: Sequence[int],
+    *,
+    kinds: Collection[TrafficKind] = tuple(TrafficKind),
+    has_lora: bool = False,
+) -> Measure:
     def measure(made: Artefacts, settings: BenchSettings, _: Path) -> Result:
         from . import offline
 
-        return offline.measure(made, settings, num_domains=num_domains, has_lora=has_lora)
+        return offline.measure(
+            made, settings, num_domains=num_domains, kinds=kinds, has_lora=has_lora
+        )
 
     return measure
 

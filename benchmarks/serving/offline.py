@@ -12,7 +12,7 @@ import itertools
 import os
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ _numbers = itertools.count()
 
 
 class Engine:
-    """A vLLM engine in this process."""
+    """A vLLM engine, stepped from this process."""
 
     def __init__(
         self, name: str, made: Artefacts, dtype: str, num_domains: int = 0, **options: Any
@@ -229,13 +229,21 @@ def _alter_options(substrate: Path, max_domains: int) -> dict[str, Any]:
 
 
 def measure(
-    made: Artefacts, settings: BenchSettings, *, num_domains: Sequence[int], has_lora: bool
+    made: Artefacts,
+    settings: BenchSettings,
+    *,
+    num_domains: Sequence[int],
+    kinds: Collection[TrafficKind],
+    has_lora: bool,
 ) -> dict[str, Any]:
     """Rates of base, of vLLM's LoRA if asked for, and of ours with each number of active domains.
 
     Raises: EngineError if tokens were not routed as the traffic's kind says.
     """
     names = [(BASE, 0), *((f"n{count}", count) for count in num_domains)]
+    cases = [case for case in cases_of(settings) if case.kind in kinds]
+    # A process has room for one installation of ALTER.
+    options = {"distributed_executor_backend": "mp"} if len(num_domains) > 1 else {}
     rates: dict[str, dict[str, list[float]]] = {}
     found: dict[str, dict[str, Any]] = {"expert_share": {}, "memory_bytes": {}, "start_s": {}}
     number = 0
@@ -243,9 +251,9 @@ def measure(
         # Another engine is up first each time. vLLM's LoRA, far from the others and slow, runs once.
         at = start % len(names)
         order = names[at:] + names[:at] + ([(LORA, 0)] if has_lora and start == 0 else [])
-        engines = [Engine(name, made, settings.dtype, count) for name, count in order]
+        engines = [Engine(name, made, settings.dtype, count, **options) for name, count in order]
         for _ in range(settings.rounds):
-            for case in cases_of(settings):
+            for case in cases:
                 taking = [e for e in _rotated(engines, number) if e.takes(case)]
                 found_rates = take_turns(taking, case, settings, start=number * _MAX_BATCH)
                 for name, values in found_rates.items():
