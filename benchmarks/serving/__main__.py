@@ -1,6 +1,7 @@
 """Measures what experts cost while serving: `make bench`, or `make bench-serving-quick`.
 
-    python -m benchmarks.serving                                     all, docs/results/serving.{json,md}
+    python -m benchmarks.serving                                     all, docs/results/serving.{json,md},
+                                                                     serving-float32 without AVX-512
     python -m benchmarks.serving --blocks switch-150m,offline-150m   these, beside what is kept of others
     python -m benchmarks.serving --list                              names of the blocks
 
@@ -18,7 +19,7 @@ from alter_core.errors import EvaluationError
 
 from .blocks import Block, BlockCache, blocks_of, measure_apart
 from .report import write_report
-from .settings import FULL, settings_of
+from .settings import FULL, BenchSettings, settings_of
 
 FOLDER = Path("build/serving")
 
@@ -57,9 +58,14 @@ def main() -> int:
         except EvaluationError as error:
             failed.append(name)
             print(f"{error.what}: {error.got}. {error.fix}", file=sys.stderr, flush=True)
-        path = write_report(out, "serving", _kept(blocks, cache), settings, failed)
+        path = write_report(out, name_of(settings), _kept(blocks, cache), settings, failed)
     print(path.with_suffix(".md").read_text("utf-8"))
     return 1 if failed else 0
+
+
+def name_of(settings: BenchSettings) -> str:
+    """Of the files: a processor that computes no bfloat16 does not overwrite what one has shown that does."""
+    return "serving" if settings.dtype == "bfloat16" else f"serving-{settings.dtype}"
 
 
 def _kept(blocks: dict[str, Block], cache: BlockCache) -> dict[str, dict[str, object]]:
