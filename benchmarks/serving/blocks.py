@@ -35,8 +35,8 @@ _SHOWING = ("__init__", "__main__", "figures", "report", "plots", "profile", "op
 _OF_SERVERS = ("base_server", "gaps", "online", "servers", "startup", "switch", "trace")
 """Modules that no result of an engine alone follows from."""
 _LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Of every engine and server, base and ours: which small pages weights happen to lie on is worth several
-percent of a processor's speed."""
+"""For every engine and server, base and ours, to leave less to chance: where a process finds its memory is
+worth several percent of its speed."""
 _ENGINE_PACKAGES = ("alter_core", "server.engine")
 SERVER_PACKAGES = (*_ENGINE_PACKAGES, "server", "server.api", "server.audit", "server.registry")
 """All that a whole server follows from."""
