@@ -38,7 +38,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < 1:
-        parser.error("--rounds: at least 1")
+        parser.error(f"--rounds: at least 1 is wanted, {options.rounds} was given")
     settings = settings_of(is_quick=options.quick, rounds=options.rounds)
     blocks = blocks_of(settings)
     if options.list:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from alter_core.rows import read_rows
 from alter_eval import tofu
 from alter_eval.models import TransformersModel
+from tests.support.loopback import serving
 from tests.trainer.world import World, make_model
 from trainer.base_model import BaseModel, load_base_model
 from trainer.dataset import encode_rows
@@ -99,15 +99,9 @@ def serve_fake(
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        fake = FakeServer(url=f"http://127.0.0.1:{http.server_port}", asked=[])
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        try:
-            yield fake
-        finally:
-            http.shutdown()
-            thread.join()
+    with serving(Handler) as url:
+        fake = FakeServer(url=url, asked=[])
+        yield fake
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import functools
 import http.server
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +34,7 @@ from tests.alter_core.crafted import (
     small_expert,
     small_substrate,
 )
+from tests.support.loopback import serving
 
 from .conftest import digest
 
@@ -435,10 +435,8 @@ def web(folder: Path) -> Iterator[str]:
             pass
 
     handler = functools.partial(Handler, directory=str(folder.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(handler) as url:
+        yield url
 
 
 def test_a_bundle_is_imported_over_http_and_no_redirect_is_followed(
